@@ -80,6 +80,7 @@ def test_the_layer_model_says_what_the_layers_schedule_does(steps: int) -> None:
     assert apart > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", STEPS)
 def test_windows_add_up_and_no_schedule_is_faster_than_its_bounds(steps: int) -> None:
     rng = random.Random(steps)
@@ -88,6 +89,7 @@ def test_windows_add_up_and_no_schedule_is_faster_than_its_bounds(steps: int) ->
     assert min(bounds) > 0
 
 
+@pytest.mark.slow_but_for("3")
 @pytest.mark.parametrize("steps", STEPS)
 def test_small_budgets_put_sums_on_disk_and_plans_are_near_their_bounds(steps: int) -> None:
     planner = ModelPlanner(clipping(tables(4), steps))

@@ -39,6 +39,7 @@ def check_larger_budgets(planner, profile, shares):
         assert alone.any_schedule_bound_seconds <= one.step_seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1 << 30), shares=st.lists(st.floats(0, 1), min_size=2, max_size=4))
 @SMALL
 def test_graphs_at_larger_budgets(seed, shares):
@@ -46,6 +47,7 @@ def test_graphs_at_larger_budgets(seed, shares):
     check_larger_budgets(GraphPlanner(profile), profile, shares)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1 << 30), layers=st.integers(2, 3), shares=st.lists(st.floats(0, 1), min_size=2, max_size=3))
 @FEW
 def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
@@ -97,6 +99,7 @@ def test_a_plan_on_a_better_device_is_never_slower(moving, reads, writes, waits,
     assert simulate(told).step_seconds <= moving.step_seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @given(speed=st.lists(st.floats(1, 100), min_size=40, max_size=40), room=st.integers(0, 1 << 40))
 @SMALL
 def test_a_bare_plan_with_faster_operators_is_never_slower(layered_plan, speed, room):

@@ -62,6 +62,7 @@ def test_plans_have_the_states_of_their_optimizer(name: str, steps: int, limit: 
     assert plan_summary(made)["optimizer"] == name
 
 
+@pytest.mark.slow
 def test_fewer_states_fit_less_memory() -> None:
     least = {name: ModelPlanner(with_optimizer(tables(3), name)).minimum().peak_bytes for name in OPTIMIZER_STATES}
     assert least["adam"] == least["adamw"]
@@ -214,6 +215,7 @@ def test_a_plan_says_which_optimizer_updates() -> None:
     assert any("updates by adafactor, which has a mean for each row and each column" in one for one in explain(made))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [("lion", None), ("adafactor", None), ("sgd", 1.0), (None, 1.0)])
 def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
     name: str | None, limit: float | None

@@ -52,6 +52,7 @@ def test_from_the_minimum_to_keep_all(decoder):
     assert decoder.plan(smallest - 1).status == "infeasible"
 
 
+@pytest.mark.slow_but_for("checkpoint-layers", "keep-all", "checkpoint-sqrt", "mebp")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_fragmentation_is_small(decoder, policy):
     made = decoder.plan(decoder.minimum(policy=policy).peak_bytes, policy=policy)

@@ -153,6 +153,7 @@ def test_what_leaves_a_device_is_enough_to_trace(model: Path) -> None:
     assert make_bundle(sent, lambda *_: None).step.programs == traced_here(model).programs
 
 
+@pytest.mark.slow
 def test_settings_of_an_adapter_on_the_device_are_sent(model: Path, tmp_path: Path) -> None:
     settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
@@ -267,6 +268,7 @@ def test_another_bundle_in_the_same_folder_replaces_all(model: Path, whole: Path
     assert Bundle.load(tmp_path).step.seq == 8
 
 
+@pytest.mark.slow
 def test_a_process_without_pytorch_does_without(model: Path, tmp_path: Path, folder: Path) -> None:
     """A worker traces; what it gives is the same to the bit, and messages name options as the command line does."""
     script = (

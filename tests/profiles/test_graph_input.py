@@ -218,6 +218,7 @@ def test_times_of_a_graph_are_those_of_its_device_alone():
     )  # it has no field for them
 
 
+@pytest.mark.slow
 def test_a_graph_of_ten_thousand_operators_is_read_planned_and_simulated():
     operators = [op("op0"), *(op(f"op{i}", f"op{i - 1}") for i in range(1, 10_000))]
     planned = plan(parse_graph(graph(*operators)), 20)
@@ -246,6 +247,7 @@ def run(capsys, *words):
     return left.value.code, out, err
 
 
+@pytest.mark.slow
 def test_the_example_is_planned_compared_and_refused_to_run(capsys, tmp_path):
     path = tmp_path / "plan.json"
     code, out, _ = run(capsys, "plan", EXAMPLE, "--memory", "740MB", "-o", path, "--json")

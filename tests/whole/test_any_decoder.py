@@ -226,7 +226,7 @@ def test_hybrids_of_mamba_and_attention_train_as_by_transformers_and_peft(family
     assert errors_above(1e-4, own, gradients) == {}
 
 
-@pytest.mark.slow_but_for("Phi-3", "GPT-2", "LFM2", "Qwen3.5 (text)", "Mixtral")
+@pytest.mark.slow_but_for("GPT-2", "LFM2", "Phi-3", "Mixtral")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], tmp_path, "float32")
@@ -259,7 +259,7 @@ WITHOUT_ROUTER_LOSS = ("DeepSeek-V3", "GLM-4.5", "Hunyuan, MoE")
 """mixtures that have no loss of routers in transformers"""
 
 
-@pytest.mark.slow_but_for("Mixtral")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_loss_of_routers_is_that_of_transformers(family: str, tmp_path: Path) -> None:
     asked = {"output_router_logits": True, "router_aux_loss_coef": 0.7}

@@ -211,6 +211,7 @@ def test_it_trains_as_a_loop_of_pytorch_s(factory: Callable[[], Any], tmp_path: 
     training.close()
 
 
+@pytest.mark.slow
 def test_nothing_is_appended_to_an_empty_cache() -> None:
     """Keys and values are not copied into a cache that ends with the step."""
     module, sample, _ = build_module(f"{__name__}:gpt2")

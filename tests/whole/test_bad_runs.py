@@ -70,6 +70,7 @@ def test_a_disk_that_fills_up_between_checkpoints(refused, tightfit, work, tmp_p
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_folder_that_takes_no_files(refused, work, planned, tmp_path):
     with small_disk(tmp_path / "disk", MIB) as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -66,7 +66,7 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
     return out, report
 
 
-@pytest.mark.slow_but_for("3")
+@pytest.mark.slow
 def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
     out, report = whole
     limit, adamw_of = LIMITS[decoder.accumulate], partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)

@@ -380,6 +380,7 @@ def both() -> Any:
     return Both(), (torch.randn(4, 16), torch.randn(4, 16))
 
 
+@pytest.mark.slow_but_for("both-forward must return one scalar loss, not 2 results")
 @pytest.mark.parametrize(
     ("factory", "message"),
     [

@@ -65,7 +65,7 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=4, lora_experts=True, matrix_rows=192)
 
 
-@pytest.mark.slow_but_for("all rows to one expert")
+@pytest.mark.slow
 def test_every_plan_gives_the_same_bits_within_its_cap(mixture: Profile, data: str, tmp_path: Path) -> None:
     slices = [tensor.name for tensor in mixture.tensors if "experts.gate_up_proj[" in tensor.name]
     assert len(slices) == CONFIG["num_hidden_layers"] * EXPERTS, "each expert is a weight of its own"

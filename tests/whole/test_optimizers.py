@@ -98,7 +98,7 @@ def test_runs_at_two_budgets_give_what_torch_does(
         assert float(apart.float().mean()) < 2e-3, key
 
 
-@pytest.mark.slow_but_for("momentum-settings2")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

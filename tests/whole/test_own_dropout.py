@@ -156,6 +156,7 @@ def test_every_plan_is_pytorch_s_loop_with_the_same_masks(made: Profile, data: s
     assert any(ran.count(one) > 1 for one in dropouts)  # no mask is kept: a forward that runs again draws it again
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_masks_and_another_seed_others(made: Profile, data: str, tmp_path: Path) -> None:
     whole = opened(naive_plan(made), data, tmp_path / "whole")
     losses = [whole.step(number) for number in range(1, STEPS + 1)]

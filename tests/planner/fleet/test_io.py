@@ -23,6 +23,7 @@ def folder(planned, tmp_path):
     return tmp_path / "fleet"
 
 
+@pytest.mark.slow
 def test_there_and_back(planned, tmp_path):
     fleet, plans = planned
     path = save_fleet(fleet, plans, tmp_path / "new" / "fleet")

@@ -184,6 +184,7 @@ def fleets(draw):
     return candidates, draw(st.integers(1, 4 if count == 2 else 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(made=fleets())
 def test_made_up_devices(made):

@@ -154,6 +154,7 @@ def test_a_single_micro_batch(members):
     assert baseline(fleet, "equal shares").makespan_seconds == pytest.approx(2 * fleet.makespan_seconds, rel=0.05)
 
 
+@pytest.mark.slow
 def test_nothing_fits(members):
     specs = [replace(one, budget_bytes=10 * MIB + at) for at, one in enumerate(members((1.0, 0.5)))]
     with pytest.raises(InfeasibleError) as caught:

@@ -148,6 +148,7 @@ def test_no_chain_at_all_is_below_the_bound(fleet):
     assert len({place.candidate for place in search.best}) == len(search.best)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, derandomize=True)
 @given(fleets)
 def test_the_best_of_all_chains_is_found(fleet):

@@ -140,6 +140,7 @@ def test_the_policy_plans_the_forward_and_says_what_its_result_is(profile):
     assert "tightfit fleet plan --kind mobillm" in text
 
 
+@pytest.mark.slow
 def test_the_policy_fits_where_backpropagation_does_not(profile):
     """Measured from where the start of the process no longer counts."""
     floor = profile.device.floor.model_copy(update={"import_peak_bytes": 0, "exchange_bytes": 0})

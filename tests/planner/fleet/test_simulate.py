@@ -44,6 +44,7 @@ def last(planned):
     return planned[0].chain[-1].name
 
 
+@pytest.mark.slow
 def test_its_figures_are_the_plan_s(planned):
     fleet, plans = planned
     found = simulate_fleet(fleet, plans)

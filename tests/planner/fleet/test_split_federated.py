@@ -51,6 +51,7 @@ def planned(spec, server):
     return plan_split(server, devices, 6, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_round_is_what_the_judge_finds(planned):
     fleet, plans, server_plans = planned
     assert simulate_fleet(fleet, plans, server_plans).makespan_seconds == pytest.approx(
@@ -121,6 +122,7 @@ def test_a_split_that_makes_rounds_longer_says_so(spec, server):
     assert not any(one.name == "without a device" for one in fleet.baselines)  # each takes its part of the time
 
 
+@pytest.mark.slow
 def test_a_device_that_makes_rounds_longer_is_named(spec, server):
     devices = {name: spec(name, speed, 30 * MIB) for name, speed in (("a", 4.0), ("snail", 0.02), ("c", 4.0))}
     fleet, _, _ = plan_split(server, [*devices.values()], 6, **OPTIONS)

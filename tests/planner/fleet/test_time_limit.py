@@ -102,7 +102,7 @@ def test_of_equal_members_the_ends_are_first_and_every_budget_has_its_turn(count
     assert widest <= (max(mine) - min(mine)) / 4
 
 
-@pytest.mark.slow_but_for("100")
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [100, 1000])
 def test_rounds(crowd, solves, count):
     """Those that were not planned have the plans of others."""
@@ -148,6 +148,7 @@ def test_split_rounds(crowd, solves, count):
     assert fleet.bound_seconds <= fleet.makespan_seconds
 
 
+@pytest.mark.slow_but_for("30.0-100", "30.0-1000", "14.0-100")
 @pytest.mark.parametrize("count", [100, 1000])
 @pytest.mark.parametrize("least", [14.0, 30.0])
 def test_pipelines(crowd, solves, count, least):
@@ -158,7 +159,7 @@ def test_pipelines(crowd, solves, count, least):
     assert reasons <= {"a step is not shorter with it", "it cannot hold any of the stages"}
 
 
-@pytest.mark.slow_but_for("100")
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [100, 1000])
 def test_a_pipeline_of_many_is_no_worse_than_one_of_its_best(crowd, count):
     members = crowd(count, 14.0, 20.0)

@@ -41,6 +41,7 @@ def held(plan) -> int:
     return sum(name.startswith("table[") for name in plan.resident)
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_needs_one_slice_and_more_memory_keeps_more() -> None:
     count = 4
     planner = ModelPlanner(tables(count))
@@ -71,6 +72,7 @@ def test_rules_keep_values_and_the_smallest_decision_moves_them() -> None:
     assert not values & set(draft(problem, rule_columns(problem, smallest)).resident)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [None, 12])
 def test_pairs_lie_on_disk_where_memory_is_small(tile: int | None, tmp_path: Path) -> None:
     """Those of layers whose forward runs again in their backward, and which every tile of a text reads."""

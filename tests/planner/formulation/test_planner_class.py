@@ -65,6 +65,7 @@ def test_most_small_plans_are_optimal():
     assert optimal >= 0.9 * len(SEEDS)
 
 
+@pytest.mark.slow_but_for("chain-1", "chain-0", "chain-2", "decoder-2")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("source", ["decoder", "chain"])
 def test_the_layer_model_says_what_the_layers_schedule_does(source, seed):

@@ -33,7 +33,7 @@ def blocks(profile: Profile) -> list[LayerType]:
     return [kind for kind in layered(profile).types if any("[" in name for name in kind.alike if name in kind.weights)]
 
 
-@pytest.mark.slow_but_for("experts")
+@pytest.mark.slow
 def test_slices_of_one_matrix_have_one_decision(cut: Profile) -> None:
     for kind in blocks(cut):
         slices = {name for name, weight in kind.weights.items() if not weight.trained}
@@ -50,6 +50,7 @@ def test_slices_of_one_matrix_have_one_decision(cut: Profile) -> None:
         )
 
 
+@pytest.mark.slow
 def test_slices_of_the_head_are_decided_on_one_by_one(tmp_path) -> None:
     made = decoder_profile(
         tmp_path, config=CONFIG | {"vocab_size": 1 << 16, "tie_word_embeddings": False}, batch=1, seq=16
@@ -59,7 +60,7 @@ def test_slices_of_the_head_are_decided_on_one_by_one(tmp_path) -> None:
     assert not head.alike
 
 
-@pytest.mark.slow_but_for("experts")
+@pytest.mark.slow
 def test_the_layer_model_says_what_the_layers_schedule_does(cut: Profile) -> None:
     rng = random.Random(0)
     for kind in blocks(cut):

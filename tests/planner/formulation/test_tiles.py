@@ -34,6 +34,7 @@ def blocks(profile: Profile) -> list[LayerType]:
     return [kind for kind in of_program.values() if all(w.backward_uses for w in kind.weights.values())]
 
 
+@pytest.mark.slow
 def test_the_layer_model_says_what_the_layers_schedule_does(tiled: Profile) -> None:
     """Where every weight is read in the backward: that of another may end with what is made again, which the model leaves open."""
     rng = random.Random(0)
@@ -47,6 +48,7 @@ def test_the_layer_model_says_what_the_layers_schedule_does(tiled: Profile) -> N
             assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layer_model_never_counts_more(tiled: Profile) -> None:
     rng = random.Random(1)
     for kind in layered(tiled).types:
@@ -120,6 +122,7 @@ def test_modes_between_uses_hold_at_least_what_the_gaps_hold(gaps: tuple[WeightM
         assert (held in modes) == (order.index(place) >= least)
 
 
+@pytest.mark.slow
 def test_plans_of_tiles_stay_within_their_budget_and_above_their_bound(tiled: Profile) -> None:
     planner = ModelPlanner(tiled.model_copy(update={"device": device(per_instruction=20)}))
     smallest = planner.minimum().peak_bytes

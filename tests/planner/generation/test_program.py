@@ -160,6 +160,7 @@ def test_the_clock_by_hand() -> None:
     assert found.stall_seconds == pytest.approx(found.token_seconds - idle.token_seconds, rel=0.05)
 
 
+@pytest.mark.slow
 def test_every_budget_is_kept_and_more_memory_is_never_slower() -> None:
     asked = problem()
     told = figures(asked.pieces(), read=1e-8)

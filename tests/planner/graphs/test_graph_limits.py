@@ -80,6 +80,7 @@ def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
     assert not near.timely
 
 
+@pytest.mark.slow
 def test_a_plan_that_depends_on_a_search_that_was_cut_says_so():
     """Each of them alone: without the cut the same plan is one that another run finds again."""
     profile = graph_profile(layered(21, seed=1))
@@ -204,6 +205,7 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
     assert max(granted) <= 0.1 * limit
 
 
+@pytest.mark.slow
 def test_what_the_exact_solver_had_found_when_it_was_cut_is_used(monkeypatch):
     def unproven(*args, **limits):
         return replace(fastest_with_moves(*args, **limits), proven=False)

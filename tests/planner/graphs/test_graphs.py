@@ -102,6 +102,7 @@ def test_memory_by_hand():
     assert (seconds(dag, ()), seconds(dag, again)) == (31, 33)
 
 
+@pytest.mark.slow
 def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_order():
     reached = []
     for seed in range(120):
@@ -137,6 +138,7 @@ def paths_of(dag, pivots):
     return [path for pivot in pivots for reader in range(pivot, len(dag)) for path in onward(pivot, reader, ())]
 
 
+@pytest.mark.slow
 def test_paths_hold_for_every_schedule():
     for seed in range(120):
         operators = random_graph(3000 + seed)
@@ -155,6 +157,7 @@ def test_paths_hold_for_every_schedule():
             assert told.bound_seconds == pytest.approx(plain.bound_seconds, rel=1e-6), (seed, budget)
 
 
+@pytest.mark.slow
 def test_programs_in_whole_numbers_hold_for_every_schedule_and_crowded_runs_say_more():
     better = 0
     for seed in range(150):
@@ -239,6 +242,7 @@ def test_paths_make_a_linear_program_of_many_moments_better():
     assert bounds[-1] > 1.1 * bounds[0]
 
 
+@pytest.mark.slow
 def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
     """Their bound holds, comes far by itself, and is above that of the first moments alone."""
     dag = dag_of(graph_profile(layered(60)))

@@ -63,7 +63,7 @@ def check_small_graph(seed, most):
     return moved
 
 
-@pytest.mark.slow_but_for("3")
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(4))
 def test_small_graphs_against_brute_force(block):
     assert sum(check_small_graph(seed, most=5) for seed in range(60 * block, 60 * block + 60)) >= 2

@@ -90,6 +90,7 @@ def titles(page, selector):
     return [title.text_content() for title in page.locator(f"{selector} title").all()]
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn(page):
     curves = page.locator(".curve")
     assert curves.locator("svg").count() == 2
@@ -230,6 +231,7 @@ def test_a_budget_that_a_policy_does_not_fit_cannot_be_chosen(page, article):
     page.wait_for_function("() => document.querySelector('.plan:not([hidden]) canvas').width > 500")
 
 
+@pytest.mark.slow
 def test_nothing_hinders_people(page, article):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)

@@ -412,6 +412,7 @@ def test_a_step_of_a_small_graph_is_a_tenth_of_its_budget():
     assert [worth.change_bytes for worth in neighbours(small, small.plan(1 << 40))] == [-50 * MIB, 50 * MIB]
 
 
+@pytest.mark.slow
 def test_what_memory_is_worth_to_a_graph_of_few_operators_is_what_plans_say():
     """Bounds of linear programs, one less another, were a sixth of it."""
     planner = planner_of(parse_graph(json.loads((ROOT / "examples" / "bare-graph.json").read_text())))

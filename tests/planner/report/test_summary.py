@@ -18,6 +18,7 @@ from tightfit.profiles.models.transformers_decoder import AnyDecoder
 from tightfit.runtime.cli import answers
 
 
+@pytest.mark.slow_but_for("False")
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_weight_is_counted_twice(tmp_path, tied):
     """The head is read slice by slice, and by the rows of the labels as a whole."""
@@ -47,7 +48,7 @@ PUBLISHED = {name: value for name, value in FAMILIES["Phi-4-mini"].items() if na
 """as the config.json of Phi-4-mini has it"""
 
 
-@pytest.mark.slow_but_for("published")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "said"),
     [

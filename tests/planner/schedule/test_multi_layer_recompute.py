@@ -121,6 +121,7 @@ def test_sqrt_holds_less_than_keep_all_and_runs_less_than_twice():
     assert not {"h0", "h3", "h6", "cos"} & recomputed
 
 
+@pytest.mark.slow
 def test_brute_force_finds_no_segment_schedule_below_the_any_schedule_bound():
     """Every combination of a rule's column per layer and every segmentation of a small chain, simulated."""
     for seed in range(4):

@@ -103,6 +103,7 @@ def test_a_request_may_be_64_levels_deep(http):
         assert send(http, "profiles", {"config": CONFIG | {"x": nested(depth, 1, "object")}}).status_code == status
 
 
+@pytest.mark.slow
 @GENERATED
 @given(value=ANYTHING)
 def test_what_is_stored_can_be_shown(tmp_path_factory, value):
@@ -140,6 +141,7 @@ COLUMNS = (
 VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.binary() | st.text() | ANYTHING.map(json.dumps)
 
 
+@pytest.mark.slow
 @GENERATED
 @given(column=st.sampled_from(COLUMNS), value=VALUES, blob=st.booleans())
 def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, column, value, blob):
@@ -236,6 +238,7 @@ FILE_COLUMNS = (
 )
 
 
+@pytest.mark.slow
 @settings(GENERATED, max_examples=120)
 @given(kind=st.sampled_from(sorted(SUMMARIES)), column=st.sampled_from(FILE_COLUMNS), value=VALUES, blob=st.booleans())
 @example(kind="profile", column="summary", value='{"policies": ["solver"', blob=False)

@@ -91,6 +91,7 @@ def test_a_service_makes_the_bundle_that_is_made_here(served, request_, tmp_path
         assert SECRET.encode() not in gzip.decompress(file.read_bytes())
 
 
+@pytest.mark.slow
 def test_an_adapter_s_settings_are_traced_and_its_folder_stays_unknown(served, tmp_path):
     settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "layers_to_transform": [0]}
     adapter = tmp_path / SECRET
@@ -129,6 +130,7 @@ def test_a_decoder_of_transformers_needs_none_on_the_device(served, tmp_path):
     assert opened.stdout.strip() == resolve(str(model)).fingerprint
 
 
+@pytest.mark.slow
 def test_what_only_tracing_shows_is_the_job_s_error(served, tmp_path):
     request = requested(tmp_path, lora_targets="nothing_is_called_so")
     with (
@@ -188,6 +190,7 @@ def test_a_wrong_field_is_named(served, request_, case):
     assert words in fault["message"]
 
 
+@pytest.mark.slow
 def test_what_is_no_description(served, request_):
     for body in (b"", b"[]", b"{", b"\xff\xfe", b'"a"', b"{}", b"[" * 100_000):
         answer = post(served.http, body)
@@ -233,6 +236,7 @@ def places(body, place=()):
             yield from places(inside, (*place, name))
 
 
+@pytest.mark.slow
 @GENERATED
 @given(data=st.data())
 def test_any_description_is_answered(idle, request_, data):
@@ -306,6 +310,7 @@ def secure(tmp_path_factory):
     assert not [line for line in running.lines() if line["level"] == "error"]
 
 
+@pytest.mark.slow
 def test_https_with_a_certificate_of_one_s_own(secure, tmp_path, monkeypatch):
     assert secure.url.startswith("https://127.0.0.1:")
     with connect(secure.url, token=TOKEN, certificate=secure.certificate) as service_:
@@ -398,6 +403,7 @@ def test_a_service_that_has_answered_is_asked_again_for_a_minute(monkeypatch):
     assert sentences == ["http://127.0.0.1:9: no answer any more; it is asked again for 60 s"] * 2
 
 
+@pytest.mark.slow
 def test_a_service_that_is_killed_in_the_middle_loses_nothing(tmp_path):
     """The device goes on asking, and the service takes the job up when it is started again at the same address."""
     request = requested(tmp_path, CONFIG | {"num_hidden_layers": 3})

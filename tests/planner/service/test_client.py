@@ -38,6 +38,7 @@ def client(served):
         yield opened
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_listed_renamed_downloaded_and_deleted(client, profile, tmp_path):
     least = minimum_budget(profile)
     plans = [client.plan(profile, least + 4096 * number) for number in range(3)]

@@ -162,6 +162,7 @@ def test_what_only_the_built_model_shows_is_the_job_s_error(tmp_path):
     assert "model_type 'mamba' is not supported; supported: " in job["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, monkeypatch):
     """As a worker does it, but with times that are estimated: to measure takes long."""
     pytest.importorskip("transformers")

@@ -321,7 +321,7 @@ def test_connections_fit_into_the_files_that_may_be_open(monkeypatch):
         assert most_connections() == most
 
 
-@pytest.mark.slow_but_for("half of the headers")
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["half of the headers", "a slow body", "events"])
 def test_a_thousand_connections_that_wait_keep_nobody_out(tmp_path, what):
     service = Served(tmp_path / "data").start()

@@ -32,6 +32,7 @@ def described(served):
     return schemathesis.openapi.from_url(f"{served.url}/openapi.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_the_contract_holds(described, served, mode):
     operations = [found.ok() for found in described.get_all_operations()]

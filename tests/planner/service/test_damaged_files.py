@@ -96,7 +96,7 @@ CONTENTS = {
 """what a service of another version, or somebody with an editor, may have left, under its own checksum"""
 
 
-@pytest.mark.slow_but_for("no text")
+@pytest.mark.slow
 @pytest.mark.parametrize("content", sorted(CONTENTS))
 def test_what_is_stored_and_cannot_be_used_is_told_in_words(tmp_path, content):
     with service(tmp_path) as http:

@@ -41,6 +41,7 @@ def ended(http, kind):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_an_empty_service_begins_with_the_example_planned(tmp_path):
     with service(tmp_path, example=True) as http:
         (example,) = profiles(http)

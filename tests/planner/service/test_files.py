@@ -204,7 +204,7 @@ def test_the_gallery_has_the_published_numbers_of_parameters():
     assert told | PUBLISHED == told
 
 
-@pytest.mark.slow_but_for("Qwen3-0.6B", "Qwen3-30B-A3B")
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", shapes(), ids=lambda shape: shape.name)
 def test_each_shape_of_the_gallery_can_be_profiled(shape, tmp_path, cache):
     """By the road of a request with `config`: checked by the service, then traced; its times are estimated here."""

@@ -59,6 +59,7 @@ def uploaded(served, profile):
     return served.upload(profile)
 
 
+@pytest.mark.slow_but_for("lcsb")
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
 def test_a_rule_that_sums_no_gradients_is_refused_with_its_reason(served, profile, policy):
     summing = served.upload(profile.model_copy(update={"optimizer": adamw(4)}))
@@ -160,6 +161,7 @@ def test_a_policy_of_another_gradient_is_planned_where_it_is_named(served, uploa
     assert served.http.get(f"/v1/plans/{plan['plan']}/view").json()["timeline"]
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release):
     budgets = [minimum, minimum * 2]
     job = served.ask("/v1/comparisons", profile=uploaded, memory=budgets, policies=["solver", "keep-all"])
@@ -333,6 +335,7 @@ def test_bodies_that_are_refused(served, profile):
     refused(broken, 400, "invalid_request")
 
 
+@pytest.mark.slow
 def test_an_upload_that_unfolds_is_refused_and_costs_the_service_no_memory(served, profile):
     """A million layers in 3 KB; faults without number; JSON that is all brackets, or deep where anything may stand."""
 
@@ -412,6 +415,7 @@ def test_an_idempotency_key(served, uploaded, minimum):
     refused(ask(minimum + 1), 409, "conflict", "header.Idempotency-Key")
 
 
+@pytest.mark.slow
 def test_the_client_does_the_same_work(served, profile, minimum, release, monkeypatch):
     told, stream = [], Client._stream
 
@@ -441,6 +445,7 @@ def test_the_client_does_the_same_work(served, profile, minimum, release, monkey
         connect("nowhere")
 
 
+@pytest.mark.slow
 def test_plans_are_asked_for_without_paths_of_the_machine_that_asks(served, profile, minimum):
     """They come back with the paths, as if they had been made here."""
     paths = {"source": "/home/somebody/where-it-lies/tiny", "store": "/home/somebody/.cache/tightfit/stores/tiny.store"}
@@ -514,6 +519,7 @@ def test_a_service_compares_with_the_same_optimizer(served, profile, minimum, tm
     assert (here["optimizer"], here["max_grad_norm"]) == ("sgd", 1.0)
 
 
+@pytest.mark.slow
 def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile, minimum):
     """What memory is worth beside it, too; what fills its peak adds up to the peak."""
     here = solve_here(profile, minimum + 20480)
@@ -726,6 +732,7 @@ def test_a_slow_listener_does_not_hold_up_the_others(served, uploaded, minimum):
     assert served.wait(job)["state"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_bare_graph_from_elsewhere(served):
     """Operators with seconds and bytes are enough: planned, told and drawn operator by operator."""
     graph = (ROOT / "examples" / "bare-graph.json").read_bytes()

@@ -171,6 +171,7 @@ def test_a_solve_over_its_memory_fails_alone(tmp_path):
         assert http.get("/healthz").status_code == 200
 
 
+@pytest.mark.slow
 def test_an_upload_over_its_memory_or_its_time_fails_alone(tmp_path, profile):
     for limits, told in (
         ({"check_bytes": 128 << 20}, "the upload takes more than 128 MiB of memory to read; send a smaller profile"),
@@ -255,6 +256,7 @@ def test_of_a_list_s_faults_the_first_is_told(profile):
     assert {error["loc"][:2] for error in caught.value.errors()} == {("tensors", 0), ("layers", 0)}
 
 
+@pytest.mark.slow
 def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, profile, minimum):
     with service(tmp_path) as http:
         identity = upload(http, profile)
@@ -270,6 +272,7 @@ def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, prof
     assert [path for path in (tmp_path / "data" / "objects").rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.slow
 def test_packed_weights_and_configs_are_kept_no_longer_than_the_rest(tmp_path):
     """What measurements and runs leave behind lies in the service's own cache, and counts."""
     cache = tmp_path / "data" / "cache"
@@ -387,6 +390,7 @@ def test_an_error_tells_no_path_of_the_server(tmp_path):
         assert http.app.state.service.store.job(job["id"]).request["source"] == str(root / "llama")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkeypatch, caplog):
     monkeypatch.setattr("tightfit.planner.service.jobs.supervisor.DISK_SECONDS", 0.1)
     with service(tmp_path) as http:

@@ -119,6 +119,7 @@ def pages(http, path, name, **query):
         query = None if answer["next"] is None else query | {"after": answer["next"]}
 
 
+@pytest.mark.slow
 def test_lists_come_in_pages(tmp_path):
     """Nothing is missed or told twice, though it is stored at the same moment, and what is new does not move the pages."""
     with service(tmp_path) as http:

@@ -42,6 +42,7 @@ def served(tmp_path_factory, cache):
     assert not [line for line in service.lines() if line["level"] == "error"]
 
 
+@pytest.mark.slow
 def test_samples_are_shown_and_lines_refused(served):
     shown = served.result("/v1/previews", profile=served.profile, data="data.jsonl")
     assert [sample["line"] for sample in shown["samples"]] == [1, 2, 3]
@@ -58,6 +59,7 @@ def test_samples_are_shown_and_lines_refused(served):
     assert 0 < packed["padding_share"] < shown["padding_share"] < 1
 
 
+@pytest.mark.slow
 def test_uploaded_data_are_shown_with_their_columns(served):
     with connect(served.url) as client:
         asked = [{"question": "Is it? ", "reply": "yes"}]
@@ -77,6 +79,7 @@ def test_uploaded_data_are_shown_with_their_columns(served):
     assert not list((served.data / "objects" / "tmp").glob("preview-*"))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_here_shows_nothing(tmp_path):
     with service(tmp_path, example=True) as http:
         (example,) = http.get("/v1/profiles").json()["profiles"]

@@ -54,6 +54,7 @@ def test_an_upload_is_kept_under_its_name_and_listed(http):
     ]
 
 
+@pytest.mark.slow
 def test_a_json_list_becomes_lines_that_a_run_reads(http):
     listed = upload(
         http, name="alpaca.json", content=b"\xef\xbb\xbf " + json.dumps([*ROWS, {"text": "\u00e9"}]).encode()
@@ -166,6 +167,7 @@ def test_a_run_reads_a_copy_under_the_name_that_it_was_uploaded_by(http, tmp_pat
         placed(asked, f"upload:{UNKNOWN}", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_client_uploads_and_lists(tmp_path):
     served = Served(tmp_path / "data").start()
     try:

@@ -132,6 +132,12 @@ ENDS = [
 ]
 
 
+@pytest.mark.slow_but_for(
+    "None-422-takes more than 4096.0 MiB of memory to make",
+    "end4-422-the stored plan: no plan",
+    "end5-422-takes longer to make than 60 s; download the file instead",
+    "end1-422-takes more than 4096.0 MiB of memory to make",
+)
 @pytest.mark.parametrize(("end", "status", "words"), ENDS)
 def test_a_view_that_cannot_be_made_is_told_in_words(http, monkeypatch, end, status, words):
     """And is made when it is asked for again."""
@@ -150,6 +156,7 @@ def test_a_view_that_cannot_be_made_is_told_in_words(http, monkeypatch, end, sta
     assert http.get(f"/v1/plans/{IDS[0]}/view").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_replaced(http):
     for _ in range(2):
         assert http.get(f"/v1/plans/{IDS[0]}/view").status_code == 200

@@ -283,6 +283,7 @@ def test_time_by_hand():
     assert made_plan.step_seconds == pytest.approx(10e-3 + 1e-3 + 2e-3)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10_000), field=st.sampled_from(["read", "write"]), factor=st.sampled_from([2.0, 10.0]))
 @settings(max_examples=12)
 def test_a_faster_device_is_never_slower(seed, field, factor):

@@ -85,6 +85,7 @@ def test_a_gap_that_is_none_is_refused(gap):
         compare(profile, [1 << 40], ["solver"], gap=gap)
 
 
+@pytest.mark.slow
 def test_a_model_s_search_ends_at_the_gap_that_is_asked_for():
     profile = decoder_like(2, tokens=64, hidden=96, ffn=192, slices=3, on=device(**REAL))
     budget = int(ModelPlanner(profile).solver.smallest.peak_bytes * 1.3)

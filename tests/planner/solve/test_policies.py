@@ -78,6 +78,7 @@ def reference(planner, records):
     made.batches.close()
 
 
+@pytest.mark.slow
 def test_mesp_follows_the_exact_gradient(planner, records, reference, tmp_path):
     """Adam's first moment after one step is a tenth of the gradient."""
     losses, _, moments = trained(planner.plan(UNLIMITED, policy="mesp"), records, tmp_path, 1)
@@ -229,7 +230,7 @@ def test_lcsb_reads_no_weight_in_the_backward_of_a_skipped_layer(planner):
         assert not any(name.startswith(f"{layer}.") for name in backward for layer in step.skipped)
 
 
-@pytest.mark.slow_but_for("gemma3_text")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_every_family_has_residuals(family, tmp_path):
     profile = decoder_profile(tmp_path, config=CONFIGS[family], batch=1, seq=8)
@@ -242,6 +243,7 @@ def test_every_family_has_residuals(family, tmp_path):
     assert all(len(step.skipped) == len(blocks) - 1 for step in steps)
 
 
+@pytest.mark.slow_but_for("mezo")
 @pytest.mark.parametrize("policy", APPROXIMATE)
 def test_approximate_rules_are_planned_like_any_other(planner, policy):
     made = planner.plan(UNLIMITED, policy=policy)
@@ -256,6 +258,7 @@ def test_approximate_rules_are_planned_like_any_other(planner, policy):
     assert planner.plan(smallest - 1, policy=policy).minimum_budget_bytes == smallest
 
 
+@pytest.mark.slow
 def test_another_gradient_is_compared_only_where_it_is_named(planner, tmp_path):
     profile = planner.profile
     assert compare(profile, [UNLIMITED], ["keep-all"]).plan(UNLIMITED, "keep-all").exact

@@ -118,6 +118,7 @@ def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     assert hull.bound(np.ones(len(FIELDS))) > 0
 
 
+@pytest.mark.slow
 def test_no_change_of_one_fate_is_cheaper_than_what_a_search_adds(tiled):
     """At random prices: of what one operator makes, in all tiles. No decision is cheaper than what programs prove."""
     chance, gained = np.random.default_rng(0), 0
@@ -168,6 +169,7 @@ def test_a_search_without_time_adds_nothing(tiled):
         assert len(pool.columns[number]) == known
 
 
+@pytest.mark.slow
 def test_a_search_begins_where_nothing_is_lost_that_cannot_be_made_again(tiled):
     """A decision under which nothing runs again may do without the layer's input, which changes of it would need."""
     number = max(range(len(tiled.types)), key=lambda number: len(tiled.types[number].owned))

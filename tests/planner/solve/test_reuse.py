@@ -156,6 +156,7 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
     assert carried == [room, room + 1]
 
 
+@pytest.mark.slow
 def test_while_the_limit_is_not_kept_no_seconds_are_told(decoder):
     """What the program says then are bytes over it."""
     told = []
@@ -272,6 +273,7 @@ def test_transfers_move_among_tensors_in_their_places(decoder):
             lies.pop(entry.name, None)
 
 
+@pytest.mark.slow_but_for("1.04")
 @pytest.mark.parametrize("share", [1.005, 1.01, 1.02, 1.04])
 def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
     planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))

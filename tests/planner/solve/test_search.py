@@ -84,6 +84,7 @@ def test_no_columns_and_no_proof_that_none_fit(chain, monkeypatch, infeasible):
             planner.bound(budget)
 
 
+@pytest.mark.slow
 def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
     budget = int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3)
     limit = decoder.solver.room(budget)
@@ -104,6 +105,7 @@ def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
     assert not search.timely
 
 
+@pytest.mark.slow
 def test_layers_whose_programs_take_too_long_are_searched_without(monkeypatch):
     """A plan near the one that programs find, and a bound that does not claim more."""
     profile = decoder_like(4, tokens=256, slices=3, on=device(**REAL))
@@ -358,6 +360,7 @@ def test_a_plan_is_held_against_the_highest_bound_that_holds_for_it(chain):
     assert SearchResult(schedule=once, bound_seconds=0.0, any_bound_seconds=1.0).proven_seconds == 1.0
 
 
+@pytest.mark.slow
 def test_fixed_rules_are_held_against_the_bound_of_their_class(monkeypatch):
     """Though the solver's own plan, under which layers go forward twice, is held against one for any schedule."""
     profile = deep(4)
@@ -451,6 +454,7 @@ def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeyp
         assert len(asked) == (above != 1.2)
 
 
+@pytest.mark.slow
 def test_the_smallest_arena_is_looked_for_only_where_one_found_at_once_is_too_large():
     problem = layered(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
     quick = smallest_arena(problem, rule_columns(problem, smallest), deadline=0.0).peak_bytes

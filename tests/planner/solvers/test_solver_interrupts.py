@@ -223,6 +223,7 @@ main.main(["plan"])
         os.close(reader)
 
 
+@pytest.mark.slow
 def test_an_interruption_returns_the_best_schedule_so_far():
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
     keep_all = planner.keep_all_bytes
@@ -296,6 +297,7 @@ def test_an_interrupted_comparison_of_layers_makes_no_further_plan():
     assert [plan.budget_bytes for plan in made] == [least + 1]
 
 
+@pytest.mark.slow
 def test_after_an_interruption_what_if_plans_no_further_budget():
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
     made = planner.plan(int(0.8 * planner.keep_all_bytes), time_limit=2)

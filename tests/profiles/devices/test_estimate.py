@@ -221,6 +221,7 @@ def test_measured_workspace_is_kept_on_a_cpu_and_dropped_on_a_card():
     assert {o.workspace_bytes for p in card.programs for o in p.operators} == {0}
 
 
+@pytest.mark.slow
 def test_a_card_counts_its_context_and_says_estimated():
     card = find_device("rtx-4060")
     moved = retarget(with_flops(decoder_like(3, tokens=64, slices=2, slice_rows=256)), card)
@@ -335,7 +336,7 @@ def test_a_model_is_profiled_for_a_device_that_is_not_here(tmp_path, monkeypatch
         check_machine(planned)
 
 
-@pytest.mark.slow_but_for("zen3-2core-1")
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "rows"), [("zen3-2core", 1), ("zen4-2core", 8), ("raspberry-pi-5", 1)])
 def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_path, device, rows):
     """Whatever the machine that traces does: 2 samples of 4 tokens in bfloat16, each chunk's second output."""
@@ -349,6 +350,7 @@ def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_pa
             }
 
 
+@pytest.mark.slow
 def test_attention_has_scratch_where_the_device_needs_it(tmp_path):
     """On a CPU float32 copies and scores of 2 samples of 4 tokens; a card attends in bfloat16, and what was planned for one comes back for a CPU."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -155,6 +155,7 @@ def test_a_doubt_that_an_older_version_wrote_is_still_told():
     assert read.doubt in html.unescape(comparison_page([made]))
 
 
+@pytest.mark.slow
 def test_measured_on_a_disk(tmp_path):
     found = measure_channels(tmp_path, "float32")
     for name in ("read", "write"):

@@ -95,6 +95,7 @@ print(json.dumps({"threads": threads, "quota": quota_cores(), "mean": mean,
 """measures calls as an operator's are, and how long they take on the whole"""
 
 
+@pytest.mark.slow
 def test_what_is_measured_under_a_quota_is_what_calls_take_under_it(tmp_path):
     group = MOUNT / "cpu" / f"tightfit-test-{os.getpid()}"
     try:

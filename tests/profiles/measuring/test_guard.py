@@ -133,9 +133,7 @@ def run_in_an_arena(
     return names
 
 
-@pytest.mark.slow_but_for(
-    "MSELoss", "HuberLoss", "KLDivLoss", "BCELoss", "NLLLoss", "CrossEntropyLoss", "TripletMarginLoss"
-)
+@pytest.mark.slow_but_for("CrossEntropyLoss", "BCELoss", "KLDivLoss", "NLLLoss")
 @pytest.mark.filterwarnings("ignore:reduction")  # KLDivLoss of what its mean is
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses_and_their_gradients_are_pytorch_s(kind, tmp_path):
@@ -150,6 +148,7 @@ def test_the_loss_with_a_layer_of_its_own(tmp_path):
     check_losses([loss], [labels], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loss_whose_shapes_depend_on_lengths_is_refused():
     lengths = {
         "targets": torch.randint(1, CLASSES, (4, 5)),

@@ -84,6 +84,7 @@ def profiled(folder: Path, layers: int, **options: Any) -> list[float]:
     return [operator.seconds for program in made.programs for operator in program.operators]
 
 
+@pytest.mark.slow
 def test_a_second_model_of_the_same_shapes_is_not_measured(machine: Machine, tmp_path: Path) -> None:
     first = profiled(tmp_path, 3)
     assert {"operators", "unpack", "update", "clipped", "perturb", "adafactor", "channels"} <= set(machine.measured)
@@ -92,6 +93,7 @@ def test_a_second_model_of_the_same_shapes_is_not_measured(machine: Machine, tmp
     assert machine.measured == {}
 
 
+@pytest.mark.slow
 def test_what_is_new_of_another_model_is_measured(machine: Machine, tmp_path: Path) -> None:
     profiled(tmp_path, 3)
     machine.measured.clear()
@@ -100,6 +102,7 @@ def test_what_is_new_of_another_model_is_measured(machine: Machine, tmp_path: Pa
     assert set(machine.measured) == {"operators"}  # weights, trainables and the disk are the same
 
 
+@pytest.mark.slow
 def test_on_another_number_of_threads_all_is_measured(machine: Machine, tmp_path: Path) -> None:
     profiled(tmp_path, 3)
     before = machine.measured.copy()
@@ -107,6 +110,7 @@ def test_on_another_number_of_threads_all_is_measured(machine: Machine, tmp_path
     assert machine.measured == before + before
 
 
+@pytest.mark.slow
 def test_all_is_measured_if_asked_for(machine: Machine, tmp_path: Path) -> None:
     first = profiled(tmp_path, 3)
     before = machine.measured.copy()
@@ -114,6 +118,7 @@ def test_all_is_measured_if_asked_for(machine: Machine, tmp_path: Path) -> None:
     assert machine.measured == before + before
 
 
+@pytest.mark.slow
 def test_on_a_machine_that_has_become_slower_all_is_measured(machine: Machine, tmp_path: Path) -> None:
     profiled(tmp_path, 3)
     before = machine.measured.copy()
@@ -127,6 +132,7 @@ def test_on_a_machine_that_has_become_slower_all_is_measured(machine: Machine, t
     assert machine.measured == before + before
 
 
+@pytest.mark.slow
 def test_what_was_measured_beside_other_programs_is_not_kept(machine: Machine, tmp_path: Path) -> None:
     quiet = profiled(tmp_path, 3)
     before = machine.measured.copy()

@@ -51,6 +51,7 @@ def value(name: str, size: int, kind: str, dtype: str = "float32") -> dict[str, 
     return {"name": name, "bytes": 4 * size, "shape": [size], "stride": [1], "dtype": dtype, "kind": kind}
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(programs(), st.sampled_from([None, 0, 5 * KIB, 1 << 20]))
 def test_what_an_operator_reads_is_what_was_made_or_given(program, weight_bytes):

@@ -48,6 +48,7 @@ def inferred_tiles(program: Program, target: str) -> list[int]:
     return sorted(tiles for (name, tiles), number in attention(program).items() if name == target and number in between)
 
 
+@pytest.mark.slow
 def test_of_attention_the_shortest_two_and_the_longest_are_run(layer: Program) -> None:
     forward, backward = TILES_AT
     assert inferred_tiles(layer, forward) == [3, 4, 5]
@@ -92,6 +93,7 @@ def test_three_tiles_are_run_and_stand_for_the_others(programs: list[Program]) -
                     assert run.count(key) == works.count(key) or key in {works[number] for number in chosen.between}
 
 
+@pytest.mark.slow
 def test_a_program_that_is_not_in_tiles_is_run_whole(tmp_path: Path) -> None:
     for program in decoder_profile(tmp_path, batch=2, seq=16).programs:
         chosen = sample(program.model_dump())
@@ -111,6 +113,7 @@ def test_where_a_part_begins_makes_no_difference_and_its_size_does(programs: lis
     assert work(smaller, values) != work(chunk, values)
 
 
+@pytest.mark.slow
 def test_what_others_stand_for_is_not_run(
     programs: list[Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_the_matrix_is_the_widest_that_layers_have() -> None:
     assert widest(entries((1000, 8), (16, 8))) == (1000, 8)
 
 
+@pytest.mark.slow
 def test_products_are_timed_by_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[int, float]] = []
 

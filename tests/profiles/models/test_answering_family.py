@@ -24,6 +24,7 @@ def test_the_step_of_fewer_tokens_is_the_one_that_would_be_traced(name: str) -> 
     assert cut.step_of(5) is cut.steps[1]  # they differ in more than numbers
 
 
+@pytest.mark.slow
 def test_neither_transformers_nor_the_export_of_pytorch_is_imported() -> None:
     code = f"""
 import sys

@@ -81,6 +81,7 @@ def traced(names: tuple[str, ...], seq: int = 24) -> Trace:
     return trace_decoder(CONFIGS["llama"] | {"vocab_size": 1000}, torch.bfloat16, 2, seq, lora)
 
 
+@pytest.mark.slow
 def test_slices_are_equal_layers_whose_gradients_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saved_modules, "SLICE_BYTES", 0)  # as few rows as there may be: 128
     made = traced(("embed_tokens", "lm_head"))
@@ -108,6 +109,7 @@ def test_slices_are_equal_layers_whose_gradients_do_not_pile_up(monkeypatch: pyt
     assert not any(operator.recomputable for operator in readers)
 
 
+@pytest.mark.slow
 def test_the_base_of_a_tied_model_stays() -> None:
     names = {tensor.name: tensor.kind for tensor in traced(("embed_tokens",)).tensors}
     assert names["model.embed_tokens.weight"] == "weight"  # whose rows the labels' logits take

@@ -95,6 +95,7 @@ def cases(model_type: str, damaged: int) -> Iterator[dict[str, Any]]:
             yield without_some(config, draw)
 
 
+@pytest.mark.slow_but_for("videoprism", "dory", "gemma3n", "bamba")
 @pytest.mark.parametrize("model_type", [*ALWAYS, *random.Random(0).sample(model_types(), 24)])
 @pytest.mark.filterwarnings("ignore")
 def test_a_config_of_any_type_is_understood_or_refused_in_words(model_type: str) -> None:

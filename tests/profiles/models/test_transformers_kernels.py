@@ -144,6 +144,7 @@ def test_capped_logits_in_slices_give_the_loss_and_gradient_of_the_whole(slice_r
     torch.testing.assert_close(token_losses.sum() / (labels >= 0).sum(), exact.detach())
 
 
+@pytest.mark.slow
 def test_a_capped_head_reads_its_weight_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saved_modules, "SLICE_BYTES", 1024)
     monkeypatch.setattr(transformers_decoder, "CAPPED_SLICES", 1)

@@ -103,6 +103,7 @@ def test_what_is_no_name_is_refused_with_what_to_give(
         door(given)
 
 
+@pytest.mark.slow
 def test_a_path_is_as_good_as_its_text(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))

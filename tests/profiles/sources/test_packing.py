@@ -115,6 +115,7 @@ def packed_elsewhere(model: Path, directory: Path, precision: dict[str, str], **
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_process_without_pytorch_has_the_same_bytes_packed(kind: str, tmp_path: Path) -> None:
     make, precision = MODELS[kind]
@@ -145,6 +146,7 @@ def test_where_pytorch_is_loaded_no_worker_is_started(tmp_path: Path, monkeypatc
     assert packed_store(source, tmp_path / "stores").exists()
 
 
+@pytest.mark.slow
 def test_with_all_of_pytorch_the_bytes_are_the_same(tmp_path: Path) -> None:
     model = directory(tmp_path)
     expected = build_store(resolve(str(model)), tmp_path / "here")
@@ -158,6 +160,7 @@ def by_worker(source: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return packed_store(source, folder)
 
 
+@pytest.mark.slow
 def test_errors_of_the_worker_are_told_as_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_weights(LLAMA)
     weights[UP][3, 1] = torch.nan
@@ -170,6 +173,7 @@ def test_errors_of_the_worker_are_told_as_its_own(tmp_path: Path, monkeypatch: p
         by_worker(source, tmp_path / "file" / "stores", monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_before_it_is_packed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = resolve(str(directory(tmp_path)))
     write_directory(tmp_path / "m", LLAMA, random_weights(LLAMA, seed=1), shards=2)
@@ -178,6 +182,7 @@ def test_a_model_that_changes_before_it_is_packed_is_refused(tmp_path: Path, mon
     assert not store_path(tmp_path / "stores", source.name, source.fingerprint).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"base": "8bit"}, {"base": "16bit"}])
 def test_packing_takes_what_was_predicted_whatever_the_model_s_size(precision: dict[str, str], tmp_path: Path) -> None:
     """A model of 64 MB, with blocks of the largest size, is packed in less than was said, and that is close to it."""

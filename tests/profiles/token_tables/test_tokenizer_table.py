@@ -394,6 +394,7 @@ def many_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: number for number, token in enumerate(vocabulary)}, merges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "above", "library"), [("BPE", 1.6, 40 * MIB), ("WordPiece", 2, 18 * MIB), ("Unigram", 2, 18 * MIB)]
 )

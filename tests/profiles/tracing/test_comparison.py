@@ -53,6 +53,7 @@ def test_equal_gradients_pass(tmp_path):
     assert compared(*residual_cnn(), tmp_path).startswith(ALIKE)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_at_random_is_drawn_alike(tmp_path):
     told = compared(Pair(dropped), (torch.randn(16, 8),), tmp_path)
     assert told == f"{ALIKE}exactly"
@@ -81,6 +82,7 @@ def test_gradients_may_differ_as_far_as_rounding_moves_them(tmp_path, monkeypatc
     assert compared(module, (1000 + x / 100,), tmp_path).startswith(ALIKE)
 
 
+@pytest.mark.slow
 def test_another_loss_is_refused(tmp_path):
     def halved(traced: Trace) -> None:
         (mean,) = [op for p in traced.programs for op in p.operators if op.target == "aten.mean.default"]
@@ -96,6 +98,7 @@ def test_a_loss_that_is_no_number_is_not_compared(tmp_path):
     assert told.startswith(f"{NOT_COMPARED}: its loss on the sample batch is ")
 
 
+@pytest.mark.slow
 def test_a_module_that_fails_by_itself_is_shown_with_its_own_traceback(tmp_path):
     def picky(module, x):
         if type(x) is Tensor and not torch.compiler.is_exporting():
@@ -106,6 +109,7 @@ def test_a_module_that_fails_by_itself_is_shown_with_its_own_traceback(tmp_path)
         compared(Pair(picky), (torch.randn(16, 8),), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     module, batch = residual_cnn()
     beside = GradientComparison("own.module", module, batch, traced_of(module, batch))
@@ -149,6 +153,7 @@ def behind_the_trace():
     return Pair(doubled_behind_the_trace), (torch.randn(16, 8),)
 
 
+@pytest.mark.slow
 def test_a_profile_is_refused_before_anything_is_timed(cache):
     stages = []
     with pytest.raises(InputError, match="does not compute what PyTorch does"):

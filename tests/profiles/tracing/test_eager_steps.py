@@ -25,20 +25,10 @@ def factory():
 
 
 @pytest.mark.slow_but_for(
-    "a weight clamped in place under `no_grad`",
-    "the same by `weight.data`",
-    "weights clipped at the start of forward",
-    "a frozen teacher that follows the student (EMA, BYOL)",
     "a hidden state carried from batch to batch",
+    "a weight clamped in place under `no_grad`",
     "a queue of keys, a buffer (MoCo)",
-    "a codebook's running mean, a buffer (VQ-VAE)",
-    "spectral norm",
-    "mixup by NumPy",
-    "a mask by NumPy (SpecAugment)",
-    "the same, made anew in each call",
-    "a `torch.Generator` of its own",
     "`torch.manual_seed` in forward",
-    "running statistics of batch normalisation",
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_is_refused_by_name_or_kept(kind, tmp_path):
@@ -53,11 +43,13 @@ def test_a_state_is_refused_by_name_or_kept(kind, tmp_path):
     assert "register" not in str(raised.value).replace("draw them in __init__ and register", "")
 
 
+@pytest.mark.slow
 def test_a_profile_names_what_the_teacher_of_a_frozen_module_is(cache):
     with pytest.raises(InputError, match=r"changes the parameter teacher\.weight and 1 more in its forward, which"):
         api.profile(f"{__name__}:factory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_rare_draws_are_refused_each_time(attempt, tmp_path):
     random.seed(attempt)
@@ -65,6 +57,7 @@ def test_rare_draws_are_refused_each_time(attempt, tmp_path):
         compared(*stateful("stochastic depth by `random`"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_real_constant_is_told_from_what_changes(tmp_path):
     values = np.linspace(0, 1, 8, dtype=np.float32)
     constant = Keeping(lambda m, x: m.loss(m.a(x) * torch.tensor(values)), attribute())
@@ -80,6 +73,7 @@ def test_a_real_constant_is_told_from_what_changes(tmp_path):
         compared(Keeping(changing, attribute()), (torch.randn(16, 8),), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_module_has_its_values_and_attributes_again():
     module, batch = stateful("running statistics of batch normalisation")
     module.step = 0
@@ -97,6 +91,7 @@ def setattr_step(module) -> int:
     return module.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "told"), [(lambda m, x: m.loss(m.a(x)), None), (annealed, "in step 2 and not before")]
 )
@@ -117,6 +112,7 @@ def taken(module, sample, others=()):
     return steps.batches, batches
 
 
+@pytest.mark.slow
 def test_steps_are_taken_on_batches_like_the_sample():
     torch.manual_seed(0)
     sample = torch.randn(6, 8), torch.tensor([5, 5, 9, 9, 7, 7]), torch.tensor([0.0, 1, 1, 0, 1, 1]), torch.zeros(())
@@ -138,6 +134,7 @@ def test_steps_are_taken_on_batches_like_the_sample():
     assert not torch.equal(batches[1][0], batches[2][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("needs", "said"),
     [
@@ -161,6 +158,7 @@ def test_a_module_that_takes_no_other_values_is_given_what_it_takes(needs, said)
         taken(Picky(), (torch.zeros(8, 1),))
 
 
+@pytest.mark.slow
 def test_a_step_that_only_the_first_time_works_is_shown(tmp_path):
     def undetached(module, x):
         hidden = module.a(x) if module.hidden is None else module.a(x) + module.hidden
@@ -173,6 +171,7 @@ def test_a_step_that_only_the_first_time_works_is_shown(tmp_path):
         compared(Keeping(undetached, attribute(hidden=None)), (torch.randn(16, 8),), tmp_path)
 
 
+@pytest.mark.slow
 def test_gradients_of_what_a_copy_captured_are_the_module_s(tmp_path):
     """A closure of the module reads its parameters in a copy too."""
     module, batch = stateful("weight norm")
@@ -181,6 +180,7 @@ def test_gradients_of_what_a_copy_captured_are_the_module_s(tmp_path):
     assert compared(module, batch, tmp_path) == AS_PYTORCH
 
 
+@pytest.mark.slow
 def test_a_step_without_gradients_is_a_forward():
     module, batch = stateful("dropout, `torch.rand`")
     assert eager_step(module, batch, gradients=False).gradients == {}
@@ -196,6 +196,7 @@ def iterated():
     return stateful("weight norm")[0], (stateful("weight norm")[1] for _ in range(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "labels"), [(loaded, [list(range(4)), list(range(4, 8))]), (iterated, None)], ids=["loader", "iterator"]
 )

@@ -55,7 +55,7 @@ def without_inference(profile):
     return profile.model_copy(update={"programs": programs})
 
 
-@pytest.mark.slow_but_for("dtype0")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_is_the_same_to_the_bit(dtype):
     """Over several slices of the vocabulary and several blocks of tokens, some of them unlabelled."""
@@ -72,6 +72,7 @@ def test_the_loss_is_the_same_to_the_bit(dtype):
         assert torch.equal(trained[name], judged[name])
 
 
+@pytest.mark.slow
 def test_half_of_the_heads_arithmetic_and_none_of_its_gradients_memory(profile):
     program = head(profile)
     ahead = [operator for operator in program.operators if operator.phase == "forward"]

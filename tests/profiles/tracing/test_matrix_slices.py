@@ -32,7 +32,7 @@ def slices_of(traced: Trace, name: str) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in traced.tensors if t.name == name or t.name.startswith(f"{name}[")]
 
 
-@pytest.mark.slow_but_for("gemma3_text")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
     """Of the same samples in transformers and peft. Most matrices have a last slice that is smaller."""
@@ -49,7 +49,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
     assert max(of_gradients.values()) < 1e-4
 
 
-@pytest.mark.slow_but_for("tiles of half a row")
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [SEQ, SEQ // 2], ids=["tiles of a row", "tiles of half a row"])
 def test_slices_of_matrices_and_tiles_of_the_batch_go_together(tile: int) -> None:
     config = CONFIGS["llama"]
@@ -65,6 +65,7 @@ def test_slices_of_matrices_and_tiles_of_the_batch_go_together(tile: int) -> Non
             assert relative_error(own[name], gradient) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_what_slices_contribute_to_a_gradient_is_summed_in_float32_and_in_place() -> None:
     config = CONFIGS["llama"]
     traced = trace_decoder(config, torch.bfloat16, BATCH, SEQ, matrix_rows=ROWS)
@@ -97,6 +98,7 @@ def test_bfloat16_sums_of_slices_are_as_exact_as_the_whole_product() -> None:
     assert relative_error(sliced.double(), exact) < 1.5 * relative_error(whole.double(), exact) + 1e-3
 
 
+@pytest.mark.slow
 def test_a_whole_matrix_is_cut_by_itself_where_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     from tightfit.profiles.models import decoder
 
@@ -108,6 +110,7 @@ def test_a_whole_matrix_is_cut_by_itself_where_it_is_large(monkeypatch: pytest.M
     assert slices_of(traced, "model.layers.0.self_attn.q_proj.weight") == [(width, width)]
 
 
+@pytest.mark.slow
 def test_pairs_with_dropout_or_magnitudes_take_whole_matrices() -> None:
     config = CONFIGS["llama"]
     for lora in (LoraConfig(rank=4, dora=True), LoraConfig(rank=4, dropout=0.1)):

@@ -27,7 +27,7 @@ ROUTED = MIXTURE | {"output_router_logits": True, "router_aux_loss_coef": 0.7}
 ROWS = {"experts as they come": None, "one expert": 48}
 
 
-@pytest.mark.slow_but_for("all tokens-experts as they come", "half a row-one expert")
+@pytest.mark.slow_but_for("all tokens-experts as they come")
 @pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
 def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) -> None:
     weights, data = random_weights(MIXTURE, torch.float32), random_batch(MIXTURE, BATCH, SEQ)
@@ -44,7 +44,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) ->
     assert max(of_gradients.values()) < 1e-4
 
 
-@pytest.mark.slow_but_for("half a row")
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES)
 def test_the_loss_of_routers_is_that_of_transformers(tile: str) -> None:
     weights, data = random_weights(ROUTED, torch.float32), random_batch(ROUTED, BATCH, SEQ)
@@ -61,7 +61,7 @@ def test_the_loss_of_routers_is_that_of_transformers(tile: str) -> None:
     assert max(relative_error(gradients[name], plain[name]) for name in plain) > 0.01
 
 
-@pytest.mark.slow_but_for("half a row")
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", ["two rows", "half a row"])
 def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
     weights, data = random_weights(MIXTURE, torch.float32), shared_batch(MIXTURE, BATCH, SEQ)
@@ -74,7 +74,7 @@ def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
             assert relative_error(own[name], gradient) < 1e-4, name
 
 
-@pytest.mark.slow_but_for("half a row-one expert")
+@pytest.mark.slow
 @pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
 def test_pairs_of_experts_have_the_gradients_of_peft(tile: str, rows: str) -> None:
     lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=True)
@@ -92,6 +92,7 @@ def test_pairs_of_experts_have_the_gradients_of_peft(tile: str, rows: str) -> No
     assert max(of_gradients.values()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES)
 def test_a_pair_of_experts_has_one_gradient(tile: str) -> None:
     lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=True)
@@ -105,6 +106,7 @@ def test_a_pair_of_experts_has_one_gradient(tile: str) -> None:
         assert len(same) == sum(".lora_" in other for other in like), name
 
 
+@pytest.mark.slow
 def test_a_sum_over_experts_has_one_storage() -> None:
     traced = trace_decoder(MIXTURE, torch.bfloat16, BATCH, SEQ)
     layer = next(layer for layer in traced.layers if layer.name == "model.layers.2")

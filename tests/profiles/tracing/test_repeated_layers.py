@@ -39,7 +39,7 @@ def traced(config: dict[str, Any], lora: LoraConfig) -> Trace:
     return trace_decoder(source, 1, 16, lora, "bfloat16", lambda stage, done, total: None)[0]
 
 
-@pytest.mark.slow_but_for("llama-in some layers", "gemma3_text-everywhere", "experts everywhere-in some layers")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "adapter"),
     [

@@ -147,6 +147,7 @@ class Tiled(nn.Module):
         return by_tiles(q, k, v, cos, sin, self.tile, window=11).square().sum()
 
 
+@pytest.mark.slow
 def test_a_trace_holds_the_tiles_of_a_row_one_by_one():
     torch.manual_seed(2)
     seq, tile = 48, 16

@@ -110,6 +110,7 @@ class Tiled(nn.Module):
         return torch.cat(attended(queries, keys, values)).square().sum()
 
 
+@pytest.mark.slow
 def test_sums_of_a_layer_lie_in_one_storage_each():
     torch.manual_seed(3)
     module, x = Tiled(), torch.randn(4 * TILE, 8)

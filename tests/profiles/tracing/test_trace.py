@@ -49,7 +49,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str, batch: int,
         assert relative_error(made[f"grad:{name}"], exact) < 1e-4, name
 
 
-@pytest.mark.slow_but_for("llama-3-29")
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "seq"), SIZES)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, batch: int, seq: int) -> None:
@@ -68,6 +68,7 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: s
     assert max(own_errors) < 1.5 * max(their_errors)
 
 
+@pytest.mark.slow
 def test_equal_layers_share_a_program() -> None:
     config = CONFIGS["llama"] | {"num_hidden_layers": 6}
     traced = trace_decoder(config, torch.bfloat16, 1, 16)
@@ -76,6 +77,7 @@ def test_equal_layers_share_a_program() -> None:
     assert len(set(programs[1:])) == 1  # the first needs no gradient for its input
 
 
+@pytest.mark.slow
 def test_the_head_weight_is_cut_into_slices() -> None:
     config = CONFIGS["llama"] | {"vocab_size": 60_000}
     traced = trace_decoder(config, torch.bfloat16, 1, 16)
@@ -99,6 +101,7 @@ class Branching(torch.nn.Module):
         return (a + b + c - y).square().mean()
 
 
+@pytest.mark.slow
 def test_gradients_of_branches_are_summed() -> None:
     torch.manual_seed(0)
     module = Branching()
@@ -131,6 +134,7 @@ class Sharing(torch.nn.Module):
         return torch.nn.functional.cross_entropy(self.head(y), x)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_modules_share_has_one_gradient() -> None:
     torch.manual_seed(0)
     module, x = Sharing(), torch.randint(0, 9, (12,))
@@ -176,6 +180,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.slow_but_for("states of an lstm", "gru")
 @pytest.mark.parametrize("name", RECURRENT)
 def test_gradients_through_recurrent_layers_match_autograd(name: str) -> None:
     torch.manual_seed(0)

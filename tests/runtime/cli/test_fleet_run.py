@@ -194,6 +194,7 @@ def test_what_cannot_be_run_is_told(folder, tmp_path, words, said):
     assert said in tightfit(*placed, code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_program_may_start_a_fleet_by_the_command_in_its_own_process(folder, tmp_path):
     """Its own command line is another one then."""
     with pytest.raises(SystemExit) as ended:

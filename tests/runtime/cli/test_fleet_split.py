@@ -44,6 +44,7 @@ def main(words):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_a_plan_is_made_and_told(tmp_path, capsys):
     profile = decoder_profile(tmp_path / "store", config={**CONFIG, "num_hidden_layers": 3})
     for name, seconds in (("quick", 1e-5), ("slow", 1e-3), ("server", 1e-4)):

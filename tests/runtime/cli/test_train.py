@@ -461,6 +461,7 @@ def test_an_error_of_the_first_stage(made, refused, monkeypatch):
     assert refused(4, "train", *made.words) == "measuring failed"
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small(made, tightfit):
     code, out, err = tightfit("train", *made.words, "--memory", "1MiB", "--json")
     assert "tightfit: no plan fits 1.0 MiB" in err

@@ -237,6 +237,7 @@ def told(comparison):
     return [plan.model_copy(update={"solve_seconds": 0.0, "fingerprint": ""}) for plan in comparison.plans]
 
 
+@pytest.mark.slow
 def test_a_comparison_is_complete_and_each_plan_told_once(profile, budgets, compared, monkeypatch):
     pids, planned, done = [], [], []
 

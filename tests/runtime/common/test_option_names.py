@@ -66,6 +66,7 @@ def test_a_record_names_its_options_as_the_door_does(record: Any) -> None:
         assert not UNDERSCORED.search(words)
 
 
+@pytest.mark.slow_but_for("lora_rank-100000", "batch-0", "accumulate-0", "threads-0")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -127,6 +128,7 @@ def sentences(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, words
 
 
+@pytest.mark.slow
 def test_no_error_of_the_library_has_an_option_of_the_command_line_in_it() -> None:
     """But in commands, which stand in backquotes, those of other programs and styles of pages; nor a name of Python's with more than one word."""
     rooms = [PACKAGE / name for name in ("planner", "profiles", "runtime")]

@@ -111,6 +111,7 @@ def test_nothing_heavy_is_imported(kind: str, plans: dict[str, Path], tmp_path: 
     assert told["peak"] < 80 * MIB  # with PyTorch 250
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(plans: dict[str, Path], tmp_path: Path) -> None:
     peaks = []
     for count in (300, 15_000):

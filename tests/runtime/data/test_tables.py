@@ -151,6 +151,7 @@ def test_a_row_of_more_than_the_budget_holds_is_refused(tmp_path: Path) -> None:
     assert second == Completion("a", "b")
 
 
+@pytest.mark.slow
 def test_a_million_rows_take_no_more_memory_than_a_few(tmp_path: Path) -> None:
     """Packed, since only reading is of interest; what is held besides does not grow with the rows."""
 

@@ -101,6 +101,7 @@ def test_without_a_compiler_pytorch_does_the_work(tmp_path, monkeypatch):
     assert native.functions("") == {}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_library_that_differs_is_not_used(tmp_path, monkeypatch):
     monkeypatch.delenv(native.VARIABLE, raising=False)

@@ -140,6 +140,7 @@ def side_by_side(operator):
     return sizes.total()
 
 
+@pytest.mark.slow
 def test_of_equal_products_one_is_made_and_all_have_their_views(tmp_path):
     """Views stay, so that what they take is there before anything is loaded. Attention to three tiles makes the products of that to two."""
     operators, counted = warmed(decoder_profile(tmp_path, batch=1, seq=40, tile=8), 1 << 24)

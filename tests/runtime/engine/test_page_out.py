@@ -193,6 +193,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     assert sorted(Path(library).parent.iterdir()) == before
 
 
+@pytest.mark.slow
 @needs_disk
 def test_the_start_may_be_tried_in_another_process_first():
     """An unknown version of torch is tried in a forked process, which moves its own heap: a cap holds for it as well."""
@@ -206,6 +207,7 @@ def test_the_start_may_be_tried_in_another_process_first():
     assert int(most) < 85 * MIB
 
 
+@pytest.mark.slow
 @needs_disk
 def test_a_plain_start_moves_nothing_and_says_so():
     told, _ = floor(TIGHTFIT_TORCH="plain")

@@ -101,6 +101,7 @@ print(json.dumps({"mode": mode, "y": y.float().tolist(), "z": z.tolist(), "rows"
 """
 
 
+@pytest.mark.slow
 def test_lean_kernels_are_torchs_own():
     small, full = lean(KERNELS), lean(KERNELS, TIGHTFIT_TORCH="plain")
     assert (small["mode"], full["mode"]) == ("lean", "plain")
@@ -128,6 +129,7 @@ print(json.dumps({"mode": mode, "sum": float(torch.ones(3).sum())}))
     assert "another build" in answer["stderr"]
 
 
+@pytest.mark.slow_but_for("os.abort-plain")
 @pytest.mark.parametrize(("load", "mode"), [("os.abort", "plain"), ("lean_torch._load", "lean")])
 def test_an_unknown_version_is_tried_in_another_process_first(load, mode):
     code = f"""
@@ -274,6 +276,7 @@ def test_every_second_part_of_mappings(size, parts):
     ] == parts
 
 
+@pytest.mark.slow
 def test_what_a_lean_process_has_mapped_of_libraries_is_in_small_parts():
     answer = lean("""
 import json

@@ -670,6 +670,7 @@ except TightfitError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_a_run_error_and_the_partial_file_is_gone(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, json.dumps(TINY), str(tmp_path / "cache")],

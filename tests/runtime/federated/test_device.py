@@ -67,6 +67,7 @@ def test_it_trains_from_the_adapter_and_answers(fleet, device):
     assert again.tokens == answer.tokens
 
 
+@pytest.mark.slow
 def test_a_device_of_a_smaller_rank_gets_the_first_components(fleet, device):
     _, _, plans = fleet
     given = closed(started(shapes_of(plans["a"]), 5))

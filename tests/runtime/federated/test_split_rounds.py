@@ -181,6 +181,7 @@ def expected(made, rounds, taking="abc"):
     return aggregate.closed(current)
 
 
+@pytest.mark.slow
 def test_devices_are_served_in_the_plans_order_one_at_a_time(planned, world, tmp_path):
     made, saved, lines = run(planned, tmp_path, world)
     order = [member.name for member in planned[0].taking]

@@ -237,6 +237,7 @@ def test_a_seed_says_what_is_drawn(model: Path) -> None:
     assert drawn[0][0] != drawn[0][1]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused(model: Path, adapter: Path, refused: Any, tmp_path: Path) -> None:
     ask = ["generate", model, "--prompt", "So?"]
     told = refused(3, *ask, "--memory", "40MiB")

@@ -26,6 +26,7 @@ def entries(made: Plan) -> list[int]:
     return _routed(made, index, _number_tensors(made, index)[0])
 
 
+@pytest.mark.slow
 def test_each_matrix_of_an_expert_is_told_with_its_expert(streamed: Plan) -> None:
     weights = [tensor.name for tensor in streamed.tensors if tensor.kind == "weight"]
     told = entries(streamed)

@@ -179,6 +179,7 @@ def test_why_nothing_fits_and_what_helps(page, pictures):
     expect(help_).to_be_empty()
 
 
+@pytest.mark.slow
 def test_what_more_memory_is_worth(page):
     set_budget(page, round(largest(page) / 2, 1))
     page.click("#solve")
@@ -272,6 +273,7 @@ def test_what_is_no_budget_is_refused_beside_the_field(page):
     expect(page.locator("#beyond")).to_be_empty()
 
 
+@pytest.mark.slow
 def test_passing_over_budgets_asks_for_no_plan(page, served, decoder):
     """Only what somebody enters, asks for by a button or drags to does, and that where something may fit."""
 

@@ -52,6 +52,7 @@ def drop(page, *files):
     page.set_input_files(".drop input", list(files))
 
 
+@pytest.mark.slow
 def test_a_profile_or_graph_that_is_dropped_is_opened(page, tmp_path):
     profile = tmp_path / "profile.json"
     profile.write_text(decoder_like(2).model_dump_json())
@@ -63,6 +64,7 @@ def test_a_profile_or_graph_that_is_dropped_is_opened(page, tmp_path):
     expect(page.locator("#about")).to_contain_text("a graph of operators")
 
 
+@pytest.mark.slow
 def test_a_plan_leads_to_what_it_was_made_of(page, service, tmp_path):
     profile = decoder_like(2)
     identity = service.upload(profile)
@@ -255,6 +257,7 @@ def test_what_would_help_goes_as_far_as_it_has_to(page):
     assert page.evaluate(ask, [half, 75 * mib]) == half | {"most": 80 * mib}
 
 
+@pytest.mark.slow
 def test_the_list_is_searched_sorted_and_cleared(browser, served, pictures):
     names = {served.upload(decoder_like(layers)): name for layers, name in ((2, "alder"), (3, "birch"), (4, "cedar"))}
     for identity, title in names.items():

@@ -44,6 +44,7 @@ def page(browser, served, plan):
         yield opened
 
 
+@pytest.mark.slow
 def test_what_it_does_is_told_in_three_sentences(page, served, plan):
     sentences = page.locator(".plain-words li").all_inner_texts()
     assert len(sentences) == 3
@@ -173,6 +174,7 @@ def test_why_it_does_not_fit(browser, served, misfit):
         expect(page).to_have_url(re.compile(r"#/models/\w+\?budget=\d+"))
 
 
+@pytest.mark.slow
 def test_the_list_sorts_compares_and_deletes(browser, served, decoder, plan, misfit, peak):
     spare = planned(served, decoder, int(peak * 3), "mebp")
     with tab(browser, at(served, "plans")) as page:

@@ -134,6 +134,7 @@ def test_a_run_is_cancelled_goes_on_and_is_found_again(browser, measuring, plann
         expect(page.locator(".empty")).to_contain_text("Nothing was fine-tuned yet")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_nothing_beside_another(browser, served):
     """Two runs of which the one that was left ends badly, while the other is looked at."""
     left, other = (

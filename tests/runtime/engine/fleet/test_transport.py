@@ -186,6 +186,7 @@ def test_members_that_are_out_of_step_are_told():
 # --- who ends, and who is told what -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_member_that_dies_is_named_by_all_the_others():
     """Only a neighbour of the dead member waits for it."""
     port, names = free_port(), "first,second,third"

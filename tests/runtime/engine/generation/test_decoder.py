@@ -216,6 +216,7 @@ with opened(problem, plan_of(problem, ["packed"], 3200), Path(sys.argv[2])) as d
 """prints by how much the heap grows while a long prompt goes through the layers"""
 
 
+@pytest.mark.slow
 def test_the_heap_does_not_grow_with_a_prompt(tmp_path: Path) -> None:
     """The buffers in which products with keys arrange their operands are there from the beginning; with each group of a prompt they
     would become larger, and leave holes in the heap.

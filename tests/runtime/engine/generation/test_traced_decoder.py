@@ -48,7 +48,7 @@ def prompt_of(config: dict[str, Any], count: int = PROMPT) -> list[int]:
     return made
 
 
-@pytest.mark.slow_but_for("Llama, longrope scaling, long", "SmolLM3", "GPT-2")
+@pytest.mark.slow_but_for("GPT-2")
 @pytest.mark.parametrize("name", TRACED)
 def test_greedy_answers_are_those_of_transformers_on_the_same_weights(name: str, tmp_path: Path) -> None:
     config = FAMILIES[name]
@@ -74,7 +74,7 @@ def test_long_answers_past_what_the_cache_of_a_window_holds(tmp_path: Path) -> N
     assert answer == answered_by_transformers(exact(config, store), ids, SLACK)
 
 
-@pytest.mark.slow_but_for("Phi-3-more0")
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("name", ["Phi-3", "Phi-4-mini", "SmolLM3", "OLMo 2", "GPT-2", "GPT-NeoX, Pythia"])
 def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
@@ -103,7 +103,7 @@ def test_with_an_adapter_they_are_those_of_the_model_that_peft_merges(
         assert answer == answered_by_transformers(model, ids, 8)
 
 
-@pytest.mark.slow_but_for("45-GPT-J")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Phi-4-mini", "OLMo 3", "GPT-J"])
 @pytest.mark.parametrize("prompt", [PROMPT, GROUP + 1])
 def test_the_bits_do_not_depend_on_what_stays_in_memory_or_on_the_passes(
