@@ -51,7 +51,11 @@ class Late(Apart):
         """Have the operators and updates of a job run when the device gets to them."""
         for operator in executor.operators():
             operator.call = self._later(operator)
-        executor.call = lambda name, function, *arguments: self._ask(lambda: function(*arguments))  # type: ignore[method-assign]
+        maker = executor.updates._maker
+        for owner, names in ((maker, ("apply", "add", "apply_sum", "shift")), (executor.store, ("unpack",))):
+            for name in names:
+                if hasattr(owner, name):
+                    setattr(owner, name, self._asked(getattr(owner, name)))
 
     def mark(self) -> Mark:
         return super().mark() if self._latest is None else self._latest
@@ -80,6 +84,9 @@ class Late(Apart):
         before = [] if self._latest is None else [self._latest]
         self._latest = self._add(run, [*before, *self._followed])
         self._followed = []
+
+    def _asked(self, function: Callable[..., object]) -> Callable[..., None]:
+        return lambda *arguments: self._ask(lambda: function(*arguments))
 
     def _add(self, run: Callable[[], object], after: Iterable[Mark]) -> Work:
         work = Work(self, run, after)

@@ -101,7 +101,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
         "checkpoint": {"peak_bytes": {"predicted": plan.peak_bytes, "measured": 3}},
     }
     # All steps were taken before: those that the metrics have.
-    observed.seconds, observed.spent, observed.lengths = [], [], []
+    observed.seconds, observed.spent = [], []
     report = build_report(planned_figures(plan), observed, str(tmp_path), enforced_by="cgroup")
     assert report["step_seconds"]["measured"] == 3.0
     assert (report["enforced_by"], report["phases"]["train"]["measured_seconds"]["compute"]) == ("cgroup", None)
@@ -138,7 +138,7 @@ def test_a_long_run_is_remembered_in_the_memory_of_a_short_one(tmp_path: Path) -
         seconds = 1.0 if step < LATEST_STEPS else 2.0 + step % 2
         observed.take({"event": "step", "seconds": seconds, "spent": {"run": seconds}})
     assert observed.steps == 3 * LATEST_STEPS
-    assert {len(kept) for kept in (observed.seconds, observed.spent, observed.lengths)} == {LATEST_STEPS}
+    assert {len(kept) for kept in (observed.seconds, observed.spent)} == {LATEST_STEPS}
     plan = naive_plan(decoder_profile(tmp_path / "store"))
     (tmp_path / "metrics.jsonl").write_text("")
     summing = plan.model_copy(update={"optimizer": plan.optimizer | {"accumulate": 2, "state_tensors": 3}})
