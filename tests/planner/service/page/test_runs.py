@@ -163,7 +163,7 @@ def test_a_run_that_fails_says_nothing_beside_another(browser, served):
         page.route("**/metrics", lambda route: route.fulfill(json=metrics))
         page.route("**/report", lambda route: route.fulfill(json=report))
         for job in (left, other):
-            page.route(f"**/v1/runs/{job['id']}", lambda route, request, job=job: route.fulfill(json=job))
+            page.route(f"**/v1/jobs/{job['id']}", lambda route, request, job=job: route.fulfill(json=job))
         page.route("**/events", lambda route: held.append(route))  # noqa: PLW0108  playwright marks what it is given, a method cannot be
         with page.expect_request("**/events"):
             page.goto(at(served, f"runs/{left['id']}"))
@@ -360,7 +360,7 @@ def fake_run(page, job, metrics, *, report=None, summary=None):
     page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [job], "next": None}))
     page.route("**/metrics", lambda route: route.fulfill(json=metrics))
     page.route("**/report", lambda route: route.fulfill(json=report))
-    page.route(f"**/v1/runs/{job['id']}", lambda route: route.fulfill(json=job))
+    page.route(f"**/v1/jobs/{job['id']}", lambda route: route.fulfill(json=job))
     plan = {
         "id": DIGEST,
         "profile": DIGEST,
