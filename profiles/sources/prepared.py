@@ -2,7 +2,7 @@
 
     prepared.json      the step, and the model and options that it was traced for (`PreparedModel`), with a checksum
     vocabulary.json,   the vocabulary (`tightfit.profiles.sources.directory_tokenizer.write_vocabulary`), where the model has one
-    tokenizer.table    or tokenizer.json
+    tokenizer.json
     weights.store      the packed weights, where they were asked for
 
 `tightfit prepare` writes it on a machine that can trace the model. Where it has no weights, the device packs its own.
@@ -24,10 +24,9 @@ from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.profiles.schema import PROFILE_VERSION, FrozenRecord, TracedStep
 from tightfit.profiles.sources.described import TracingRequest, described_source
-from tightfit.profiles.sources.directory_tokenizer import TABLE, TOKENIZER, WORDS, write_vocabulary
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.sources.transformers_source import any_random_source
-from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.sources.vocabulary import TOKENIZER, WORDS, Vocabulary
 from tightfit.profiles.weights.precision import precision
 from tightfit.profiles.weights.source import PREPARED, Source
 from tightfit.runtime.common.errors import InputError, RunError
@@ -119,10 +118,12 @@ def save_prepared(prepared: PreparedModel, folder: Path, store: Path | None, voc
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PREPARED).unlink(missing_ok=True)  # until all is there
-        for name in (WEIGHTS, TOKENIZER, TABLE, WORDS):
+        for name in (WEIGHTS, TOKENIZER, WORDS):
             (folder / name).unlink(missing_ok=True)
         if vocabulary is not None:
-            write_vocabulary(folder, vocabulary, copied=True)
+            from tightfit.profiles.sources.directory_tokenizer import write_vocabulary
+
+            write_vocabulary(folder, vocabulary)
         if store is not None:
             partial = folder / f".{WEIGHTS}.partial"
             shutil.copyfile(store, partial)

@@ -111,7 +111,7 @@ class TrainStages:
         if stage in {BEGIN, MEASURE} and names_module(self.values["model"]):
             return  # what the module's own code takes is not known
         if stage == BEGIN:
-            expect_phase(NAMES[stage], READING, [], [self.values["data"], self.values["eval_data"]])
+            expect_phase(NAMES[stage], READING, [])
         elif stage == MEASURE:
             expect_phase(NAMES[stage], PROFILING, [Path(self.values["prepared"] or self.values["model"]) / PREPARED])
         elif stage in {PLAN, SMALLER} and self.values["server"] is not None:

@@ -219,7 +219,7 @@ def test_a_damaged_file_is_told(folder: Path, tmp_path: Path, damage: Any) -> No
 def test_another_model_prepared_in_the_same_folder_replaces_all(model: Path, whole: Path, tmp_path: Path) -> None:
     prepare(str(model), tmp_path, True, seq=16)
     prepare(str(model), tmp_path, False, seq=8)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [PREPARED, "tokenizer.table", "vocabulary.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [PREPARED, "tokenizer.json", "vocabulary.json"]
     assert load_prepared(tmp_path).training.seq == 8
 
 
