@@ -1,8 +1,8 @@
 """Starts the processes that do one part of profiling, and follows them to their end.
 
 A worker gets its request as JSON on its standard input. It answers with JSON lines: ``{"stage": ..., "done": ..., "total": ...}``
-while it works, and ``{"result": ..., "held_bytes": ...}`` at its end, with the most that it has held. One that fails writes a sentence to its standard error and ends with the exit code
-of the error's class.
+while it works, and ``{"result": ..., "held_bytes": ...}`` at its end, with the most that it has held. One that fails answers ``{"failure": ...}``, in
+words, and ends with the exit code of the error's class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import IO, Any
 
-from tightfit.runtime.common.errors import InfeasibleError, InputError, RunError, TightfitError
+from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import named_as, on_command_line, on_the_command_line
 from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.common.units import format_size
@@ -48,7 +48,7 @@ def run_worker(
     `instead` what to do where that is not free.
 
     `on_message` is called with each of its messages but the result. Raises InputError at once where it has no place in the memory that
-    is free; InputError, InfeasibleError or RunError with the worker's sentence; RunError if it was killed or ended otherwise.
+    is free; InputError, InfeasibleError, RunError or CapError with the worker's words; RunError if it was killed or ended otherwise.
     """
     check_place(doing, predicted_bytes, instead)
     with MEMORY_OF_WORKERS.worker(predicted_bytes) as held:
@@ -80,12 +80,14 @@ def _run_worker(
                 child.stdin.write(json.dumps({**request, ON_COMMAND_LINE: on_the_command_line()}))
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.close()
-            result = None
+            result = failure = None
             for line in child.stdout:
                 message = json.loads(line)
                 if "result" in message:
                     result = message["result"]
                     held(message["held_bytes"])
+                elif "failure" in message:
+                    failure = message["failure"]
                 else:
                     on_message(message)
             status = child.wait()
@@ -95,9 +97,9 @@ def _run_worker(
         if result is not None:
             return result
         last_line = _last_line(stderr)
-    for error_class in (InputError, InfeasibleError, RunError):
-        if status == error_class.exit_code and last_line:
-            raise error_class(last_line)
+    for error_class in (InputError, InfeasibleError, RunError, CapError):
+        if status == error_class.exit_code and failure:
+            raise error_class(failure)
     if status == -signal.SIGKILL:
         raise RunError(f"{doing} was killed, most likely for want of memory; {instead}")
     raise RunError(f"{doing} stopped: {last_line or f'exit status {status}'}")
@@ -148,12 +150,10 @@ def check_place(doing: str, needed_bytes: int, instead: str) -> None:
         raise InputError(f"{doing} takes {format_size(needed_bytes)}, and {source}; {instead}")
 
 
-def expect(doing: str, added_bytes: int, instead: str, *, judged_later_bytes: int = 0) -> None:
-    """Note that this process itself is going to hold `added_bytes` and `judged_later_bytes` more than now, at most. Raises InputError as
-    `check_place` for the former; whether there is a place for the latter is judged where they are taken.
-    """
+def expect(doing: str, added_bytes: int, instead: str) -> None:
+    """Note that this process itself is going to hold `added_bytes` more than now, at most. Raises InputError as `check_place`."""
     check_place(doing, added_bytes, instead)
-    own_bytes = memory().resident + added_bytes + judged_later_bytes
+    own_bytes = memory().resident + added_bytes
     MEMORY_OF_WORKERS.own_bytes = max(MEMORY_OF_WORKERS.own_bytes, own_bytes)
 
 
@@ -196,9 +196,8 @@ def work(do: Callable[[dict[str, Any], Progress], Any]) -> int:
             send(result=do(request, report), held_bytes=memory().peak)
         return 0
     except TightfitError as error:
-        failure = error
-    sys.stderr.write(f"{failure}\n")
-    return failure.exit_code
+        send(failure=str(error))
+        return error.exit_code
 
 
 def send(**message: Any) -> None:

@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
         failure = RunError(
             f"{error.filename}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory with free space"
         )
-    sys.stderr.write(f"{failure}\n")
+    send(failure=str(failure))
     return failure.exit_code
 
 

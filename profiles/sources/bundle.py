@@ -3,7 +3,7 @@
     bundle.json        what was traced, and the model and options that it was traced for (`Bundle`), with a checksum
     weights.store      the packed weights, where they were asked for, and the vocabulary beside them
     vocabulary.json,   (`tightfit.profiles.sources.directory_tokenizer.write_vocabulary`)
-    tokenizer.table    or tokenizer.json
+    tokenizer.json
 
 `tightfit prepare` writes it on a machine that can trace the model; a service makes the same one, without weights, of a `BundleRequest`.
 Where it has no weights, the device names the model's own files and packs them itself.
@@ -24,8 +24,7 @@ from pydantic import Field, ValidationError
 from tightfit.profiles.models.answer_steps import Answers
 from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.profiles.schema import PROFILE_VERSION, FrozenRecord, TracedStep
-from tightfit.profiles.sources.directory_tokenizer import TABLE, TOKENIZER, WORDS, write_vocabulary
-from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.sources.vocabulary import TOKENIZER, WORDS, Vocabulary
 from tightfit.profiles.weights.source import BUNDLE, Source
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
@@ -139,10 +138,12 @@ class Bundle(FrozenRecord):
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (BUNDLE, STORE, TOKENIZER, TABLE, WORDS):
+            for name in (BUNDLE, STORE, TOKENIZER, WORDS):
                 (folder / name).unlink(missing_ok=True)
             if vocabulary is not None:
-                write_vocabulary(folder, vocabulary, copied=True)
+                from tightfit.profiles.sources.directory_tokenizer import write_vocabulary
+
+                write_vocabulary(folder, vocabulary)
             if store is not None:
                 shutil.copyfile(store, folder / STORE)
         except OSError as error:

@@ -1,32 +1,19 @@
 """Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates; writes and reads what tightfit
 itself keeps of a vocabulary.
-
-As a worker (`tightfit.profiles.worker_process`) it writes the table of a tokenizer.json.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from tightfit.profiles.sources import vocabulary
-from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.token_tables.kept_table import kept_table, write_kept_table
-from tightfit.profiles.token_tables.tokenizer_json import json_parts, vocabulary_bytes
-from tightfit.profiles.token_tables.tokenizer_table import TokenizerTable
+from tightfit.profiles.sources.vocabulary import TOKENIZER, WORDS, Vocabulary, refusals
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import check_regular, read_whole
 from tightfit.runtime.common.strict_json import JsonError, read_json
-
-TOKENIZER, TABLE, WORDS = "tokenizer.json", "tokenizer.table", "vocabulary.json"
-"""files of a vocabulary in the form that `write_vocabulary` gives it"""
-MODULE = "tightfit.profiles.sources.directory_tokenizer"
 
 
 def directory_vocabulary(path: Path) -> Vocabulary | None:
@@ -34,22 +21,14 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
 
     Raises InputError.
     """
-    file = path / "tokenizer.json"
-    if not file.exists():
+    if not (path / TOKENIZER).exists():
         return None
-    try:
-        check_regular(file)
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    tokenizer: vocabulary.Tokenizer | None = kept_table(file, digest, json_parts, MODULE, vocabulary_bytes)
-    if tokenizer is None:
-        tokenizer = library_tokenizer(path)
+    tokenizer = library_tokenizer(path)
     options = _json(path / "tokenizer_config.json")
     special = _special_tokens(path, options, tokenizer)
     templates = _chat_templates(path, options)
-    first = tokenizer.encode("a").ids[:1]
+    with refusals(f"{path / TOKENIZER}: it has no tokens for a letter", "download the file again"):
+        first = tokenizer.encode("a").ids[:1]
     bos = special.pop("bos_token", None)
     return Vocabulary(
         tokenizer=tokenizer,
@@ -64,20 +43,14 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
 
 
 def library_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in `path` as the library has it, which holds its whole vocabulary in memory. Raises InputError."""
-    file = path / "tokenizer.json"
-    try:
+    """The tokenizer in `path`, which is in memory with its whole vocabulary. Raises InputError."""
+    file = path / TOKENIZER
+    with refusals(f"{file}: unreadable tokenizer", "download the file again"):
         check_regular(file)
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise _unreadable(file, error) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
     return tokenizer
-
-
-def _unreadable(file: Path, error: Exception) -> InputError:
-    return InputError(f"{file}: unreadable tokenizer ({error}); download the file again")
 
 
 def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
@@ -103,7 +76,7 @@ def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
     return templates
 
 
-def _special_tokens(path: Path, options: dict[str, Any], tokenizer: vocabulary.Tokenizer) -> dict[str, str]:
+def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
     """Special tokens by name, from tokenizer_config.json, else special_tokens_map.json, else the token ids in the
     model's config.
 
@@ -139,33 +112,15 @@ def _json(file: Path) -> dict[str, Any]:
     return data
 
 
-def write_vocabulary(folder: Path, vocabulary: Vocabulary, *, copied: bool = False) -> None:
-    """Leave a model's tokenizer and templates in a folder, in a form that takes little memory to read: of a tokenizer that is a table,
-    where that lies, or with `copied` a copy.
-    """
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Leave a model's tokenizer and templates in a folder."""
     words = {name: value for name, value in vars(vocabulary).items() if name != "tokenizer"}
-    tokenizer = vocabulary.tokenizer
-    if not isinstance(tokenizer, TokenizerTable):
-        assert isinstance(tokenizer, Tokenizer)
-        tokenizer.save(str(folder / TOKENIZER), pretty=False)
-    elif copied:
-        shutil.copyfile(tokenizer.path, folder / TABLE)
-        words["table"] = TABLE
-    else:
-        words["table"] = str(tokenizer.path)
+    vocabulary.tokenizer.save(str(folder / TOKENIZER), pretty=False)
     (folder / WORDS).write_text(json.dumps(words), encoding="utf-8")
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
     """What `write_vocabulary` has written. Raises InputError for damaged files."""
     words = _json(folder / WORDS)
-    try:
-        table = words.pop("table", None)
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER)) if table is None else TokenizerTable(folder / table)
-        return Vocabulary(tokenizer=tokenizer, **words)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{folder}: its vocabulary is damaged ({error}); copy or prepare the folder again") from error
-
-
-if __name__ == "__main__":
-    sys.exit(write_kept_table(json_parts))
+    with refusals(f"{folder}: its vocabulary is damaged", "copy or prepare the folder again"):
+        return Vocabulary(tokenizer=library_tokenizer(folder), **words)

@@ -160,12 +160,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return {key: typed.value for key, typed in read_typed(path).items()}
 
 
-def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
-    """The same, and a digest of all of it. Raises InputError as `read_metadata` does."""
+def read_with_digest(path: Path) -> tuple[dict[str, Any], str, int]:
+    """The same, with a digest of all of it and its bytes. Raises InputError as `read_metadata` does."""
     try:
         with open_regular(path) as file:
             pairs = _Header(path, file).read()
-            left = file.tell()
+            left = size = file.tell()
             digest = hashlib.sha256()
             file.seek(0)
             while block := file.read(min(left, BLOCK)):
@@ -173,7 +173,7 @@ def read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
                 left -= len(block)
     except (OSError, ValueError, struct.error) as error:
         raise _unreadable(path, error) from error
-    return {key: typed.value for key, typed in pairs.items()}, digest.hexdigest()
+    return {key: typed.value for key, typed in pairs.items()}, digest.hexdigest(), size
 
 
 def read_typed(path: Path) -> dict[str, MetadataValue]:

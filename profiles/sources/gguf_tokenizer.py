@@ -1,7 +1,5 @@
 """Reads the tokenizer inside a GGUF file.
 
-As a worker (`tightfit.profiles.worker_process`) it writes the table of the tokenizer in a GGUF file.
-
 Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges in the file, the split pattern named by
 ``tokenizer.ggml.pre``) and SentencePiece BPE (``llama``: scores in the file; the merges follow from the scores).
 """
@@ -9,7 +7,6 @@ Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,11 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from tightfit.profiles.sources.gguf_metadata import read_metadata, read_with_digest
-from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.token_tables.kept_table import kept_table, write_kept_table
-from tightfit.profiles.token_tables.table_file import BpeSettings, TableParts
+from tightfit.profiles.sources.gguf_metadata import read_metadata
+from tightfit.profiles.sources.vocabulary import Vocabulary, refusals
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.strict_json import from_json
 
-MODULE = "tightfit.profiles.sources.gguf_tokenizer"
-TOKEN_BYTES = 340
-"""Most bytes that a token takes, with its merges, while the table is made: measured 330 with Gemma 3's."""
+AGAIN = "the file is damaged, download it again"
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,42 +31,36 @@ PLAIN = ("default", "gpt-2", "gpt2")
 
 
 def gguf_vocabulary(path: Path) -> Vocabulary:
-    """Build the tokenizer from ``tokenizer.*`` metadata, its vocabulary as a table on disk where one can be made.
-
-    Raises InputError if the file is unreadable or the kind unsupported.
-    """
-    metadata, digest = read_with_digest(path)
+    """Build the tokenizer from ``tokenizer.*`` metadata. Raises InputError if the file is unreadable or the kind unsupported."""
+    metadata = read_metadata(path)
     tokens = _tokens(path, metadata)
-    _pipeline(path, metadata)  # refuses what is not supported
-    table = kept_table(path, digest, gguf_parts, MODULE, lambda file: TOKEN_BYTES * len(tokens))
 
     def token(name: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
-    add_bos = bool(
-        metadata.get(
-            "tokenizer.ggml.add_bos_token",
-            metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3,
+    with refusals(f"{path}: unreadable tokenizer", AGAIN):
+        add_bos = bool(
+            metadata.get(
+                "tokenizer.ggml.add_bos_token",
+                metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3,
+            )
         )
-    )
-    unknown = token("unknown")
-    return Vocabulary(
-        tokenizer=gguf_tokenizer(path) if table is None else table,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        tool_template=metadata.get("tokenizer.chat_template.tool_use"),
-        bos_token=token("bos"),
-        eos_token=token("eos"),
-        pad_token=token("padding"),
-        add_bos=add_bos and token("bos") is not None,
-        special_tokens={"unk_token": unknown} if unknown else {},
-    )
+        unknown = token("unknown")
+        return Vocabulary(
+            tokenizer=gguf_tokenizer(path),
+            chat_template=metadata.get("tokenizer.chat_template"),
+            tool_template=metadata.get("tokenizer.chat_template.tool_use"),
+            bos_token=token("bos"),
+            eos_token=token("eos"),
+            pad_token=token("padding"),
+            add_bos=add_bos and token("bos") is not None,
+            special_tokens={"unk_token": unknown} if unknown else {},
+        )
 
 
 def gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer as the library has it, which holds its whole vocabulary in memory. Raises InputError as
-    `gguf_vocabulary` does.
-    """
+    """The tokenizer, which is in memory with its whole vocabulary. Raises InputError as `gguf_vocabulary` does."""
     metadata = read_metadata(path)
     tokens = _tokens(path, metadata)
     tokenizer = _pipeline(path, metadata)
@@ -86,27 +72,12 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
                 f"{path}: merge {f'{left} {right}'!r} names no token; the file is damaged, download it again"
             )
         merges.append((left, right))
-    tokenizer.model = BPE(ids, merges, **_settings(metadata, tokens))
-    added = list(_added(metadata, tokens))
-    tokenizer.add_special_tokens([token for token in added if token.special])
-    tokenizer.add_tokens([token for token in added if not token.special])
+    with refusals(f"{path}: unreadable tokenizer", AGAIN):
+        tokenizer.model = BPE(ids, merges, **_settings(metadata, tokens))
+        added = list(_added(metadata, tokens))
+        tokenizer.add_special_tokens([token for token in added if token.special])
+        tokenizer.add_tokens([token for token in added if not token.special])
     return tokenizer
-
-
-def gguf_parts(path: Path) -> TableParts:
-    """What the table of the tokenizer is made of."""
-    metadata = read_metadata(path)
-    tokens = _tokens(path, metadata)
-    ids = {token: index for index, token in enumerate(tokens)}
-    added = sorted(_added(metadata, tokens), key=lambda token: not token.special)
-    kept = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    pipeline = from_json(_pipeline(path, metadata).to_str())
-    del pipeline["model"]
-    pipeline["added_tokens"] = [
-        {"id": ids[token.content]} | {name: getattr(token, name) for name in kept} for token in added
-    ]
-    settings = BpeSettings(**_settings(metadata, tokens))
-    return TableParts(pipeline=pipeline, settings=settings, ids=ids, merges=_merges(metadata, ids))
 
 
 def _tokens(path: Path, metadata: Mapping[str, Any]) -> Sequence[str]:
@@ -186,7 +157,3 @@ def implied_merges(ids: Mapping[str, int], scores: Sequence[float]) -> Iterator[
         splits = ((token[:cut], token[cut:]) for token in equal for cut in range(1, len(token)))
         pairs = [(left, right) for left, right in splits if left in ids and right in ids]
         yield from sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-
-
-if __name__ == "__main__":
-    sys.exit(write_kept_table(gguf_parts))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
-from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.sources.vocabulary import TOKENIZER, WORDS, TokenizerFile, Vocabulary
 from tightfit.profiles.weights.source import BUNDLE, FORMS, Source, config_name, read_config
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -146,25 +146,26 @@ def _refuse_choice(source: str, bits: Precision) -> None:
             )
 
 
+def tokenizer_file(source: str | os.PathLike[str]) -> TokenizerFile | None:
+    """Where the tokenizer of what `source` names lies; None if it has none. Raises InputError if it names nothing."""
+    kind, path = _named(source)
+    if kind == "gguf":
+        return TokenizerFile(kind="gguf", path=str(path))
+    if kind == "bundle":
+        return TokenizerFile(kind="bundle", path=str(path)) if (path / WORDS).exists() else None
+    if kind in ("directory", "hub"):
+        path = path if kind == "directory" else hub_directory(source)
+        return TokenizerFile(kind="directory", path=str(path)) if (path / TOKENIZER).exists() else None
+    return None
+
+
 def vocabulary(source: str | os.PathLike[str]) -> Vocabulary | None:
-    """The tokenizer of what `source` names; None if it has none.
+    """The tokenizer of what `source` names, loaded into this process; None if it has none.
 
     Raises InputError if it names nothing or is damaged.
     """
-    kind, path = _named(source)
-    if kind == "gguf":
-        from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
-
-        return gguf_vocabulary(path)
-    if kind == "bundle":
-        from tightfit.profiles.sources.directory_tokenizer import WORDS, read_vocabulary
-
-        return read_vocabulary(path) if (path / WORDS).exists() else None
-    if kind in ("directory", "hub"):
-        from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
-
-        return directory_vocabulary(path if kind == "directory" else hub_directory(source))
-    return None
+    file = tokenizer_file(source)
+    return None if file is None else file.vocabulary()
 
 
 def is_traced(source: str | os.PathLike[str], bundle: str | os.PathLike[str] | None) -> bool:

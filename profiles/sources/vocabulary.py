@@ -1,43 +1,24 @@
-"""Defines `Vocabulary`: a model's tokenizer, chat templates and special tokens, whatever file they were read from."""
+"""Defines `Vocabulary`: a model's tokenizer, chat templates and special tokens, whatever file they were read from, and `TokenizerFile`,
+which says where they lie.
+
+The library `tokenizers` is not imported here: most processes that know of a vocabulary do not hold it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from tightfit.runtime.common.errors import InputError, TightfitError
 
-class Encoding(Protocol):
-    """The tokens of a text."""
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-    @property
-    def ids(self) -> list[int]: ...
-
-    @property
-    def offsets(self) -> list[tuple[int, int]]:
-        """(begin, end) in the text of what each token stands for, in letters."""
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer: what a `tokenizers.Tokenizer` and a table on disk
-    (`tightfit.profiles.token_tables.tokenizer_table`) have in common.
-    """
-
-    decoder: Any
-    """one of `tokenizers.decoders`, or None"""
-
-    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> Encoding:
-        """The tokens of a text, with those that the tokenizer puts around it if `add_special_tokens`."""
-
-    def token_to_id(self, token: str, /) -> int | None: ...
-
-    def id_to_token(self, number: int, /) -> str | None: ...
-
-    def get_vocab_size(self) -> int:
-        """The number of tokens, added ones too."""
-
-    def get_added_tokens_decoder(self) -> Mapping[int, Any]:
-        """The added tokens by id; each has `content` and says whether it is `special`."""
+TOKENIZER, WORDS = "tokenizer.json", "vocabulary.json"
+"""files of a vocabulary in the form that `tightfit.profiles.sources.directory_tokenizer.write_vocabulary` gives it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,4 +39,38 @@ class Vocabulary:
     """Further names that the chat template may use, such as unk_token."""
 
     def token_id(self, token: str | None) -> int | None:
-        return None if token is None else self.tokenizer.token_to_id(token)
+        number: int | None = None if token is None else self.tokenizer.token_to_id(token)
+        return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """Where a model's tokenizer lies."""
+
+    kind: Literal["directory", "bundle", "gguf"]
+    path: str
+    """of the GGUF file, or of the folder that has tokenizer.json"""
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Load the tokenizer into this process; None if it is gone. Raises InputError for a damaged one."""
+        path = Path(self.path)
+        if self.kind == "gguf":
+            from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
+
+            return gguf_vocabulary(path)
+        from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary, read_vocabulary
+
+        return read_vocabulary(path) if self.kind == "bundle" else directory_vocabulary(path)
+
+
+@contextmanager
+def refusals(what: object, remedy: str) -> Iterator[None]:
+    """Raise InputError for what the library `tokenizers` raises inside: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except TightfitError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what} ({error}); {remedy}") from error
+        raise

@@ -41,7 +41,7 @@ def evaluate(
         check_writable(output)
     replace = bool(context.obj)
     if replace:
-        expect_phase(PREPARED_RUN, PREPARING, [plan], [data])
+        expect_phase(PREPARED_RUN, PREPARING, [plan])
     loaded = load_plan(plan)
     with (
         TrainingProgress(steps=0, tokens_per_step=loaded.places_per_step, budget=loaded.budget_bytes) as progress,

@@ -88,8 +88,7 @@ def run(
     from tightfit.planner.io import load_plan
 
     if context.obj and not is_fleet_plan(plan):
-        held_out = None if training.eval_data is None else str(training.eval_data)
-        expect_phase(PREPARED_RUN, PREPARING, [plan], [] if tokens is not None else [data, held_out])
+        expect_phase(PREPARED_RUN, PREPARING, [plan])
     if is_fleet_plan(plan):
         from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
         from tightfit.runtime.session.fleet import from_torchrun, member_options
@@ -180,7 +179,7 @@ def hand_on(
         tokens_per_step=order.planned["places_per_step"],
         as_json=as_json,
         debug=debug,
-        preparation_bytes=memory().peak,
+        preparation_bytes=memory().peak + held_bytes(),
         group=(str(group.path), group.version) if group else None,
         home=MemoryCgroup.home() if group else None,
         output=str(output.absolute()) if output else None,

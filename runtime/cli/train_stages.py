@@ -110,7 +110,7 @@ class TrainStages:
         if stage in {BEGIN, MEASURE} and names_module(self.values["model"]):
             return  # what the module's own code takes is not known
         if stage == BEGIN:
-            expect_phase(NAMES[stage], READING, [], [self.values["data"], self.values["eval_data"]])
+            expect_phase(NAMES[stage], READING, [])
         elif stage == MEASURE:
             expect_phase(NAMES[stage], PROFILING, [Path(self.values["bundle"] or self.values["model"]) / BUNDLE])
         elif stage in {PLAN, SMALLER} and self.values["server"] is not None:

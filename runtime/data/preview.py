@@ -21,7 +21,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.kept_tokens import TokenSequence
 from tightfit.runtime.data.samples import checked_columns, data_files
 from tightfit.runtime.data.token_bytes import token_bytes
-from tightfit.runtime.data.tokenization import DataPass, TooLong, encoder_for, pad_token_of, plan_again
+from tightfit.runtime.data.tokenization import DataPass, TooLong, encoder_for, pad_token_of, padding_tokens, plan_again
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.records import RecordFile, RecordWriter
 
@@ -119,7 +119,7 @@ def preview(
     shown, letters = Preview(seq=profile.seq), 0
     lengths: list[int] | None = []
     path = folder / "preview.records"
-    pad = pad_token_of(vocabulary, vocab_size)
+    pad = pad_token_of(padding_tokens(vocabulary), vocab_size)
     with RecordWriter(path, seq=profile.seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
         samples = DataPass(writer, encoder, "train", too_long, plan_again(None), pairs=pairs)
         for file, line, sequences in samples.each(data_files(data), None, checked_columns(columns)):

@@ -8,20 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tightfit.profiles.sources.lookup import longest_sequence, vocabulary
-from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.runtime.common.option_names import spelled
-from tightfit.runtime.data.preparation import Preparation
+from tightfit.profiles.sources.lookup import longest_sequence
 from tightfit.runtime.data.samples import data_files
-from tightfit.runtime.data.tokenization import (
-    PREPARED,
-    RANDOM,
-    Purpose,
-    check_prepared,
-    length_advice,
-    longest_sample,
-    tokens_file,
-)
+from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, check_prepared, tokens_file
+from tightfit.runtime.data.tokenizing import longest_samples
 from tightfit.runtime.engine.training.records import RecordFile
 
 STEP = 32
@@ -31,8 +21,6 @@ MOST = 2048
 """The longest that is chosen unasked: every row takes as much memory and time as the longest sample."""
 MADE_UP = 256
 """the length for random tokens, which have none of their own"""
-LOOKED_AT = 256
-"""samples between two reports of the progress"""
 
 
 def check_files(*data: str | None) -> None:
@@ -74,36 +62,26 @@ def choose_seq(
         with RecordFile.open(Path(data)) as records:
             choice = (records.seq, "the data were prepared so") if seq is None else (seq, requested_reason)
     most = most if choice is None else choice[0]
-    preparation: Preparation | None = None
-    tokenizer: Vocabulary | None = None
     purposes: dict[Purpose, str | None] = {"train": data, "evaluate": evaluation}
+    samples = {
+        purpose: path
+        for purpose, path in purposes.items()
+        if path is not None and path != RANDOM and not path.endswith(PREPARED)
+    }
     longest = 0
-    for purpose, path in purposes.items():
-        if path is None or path == RANDOM or path.endswith(PREPARED):
-            continue
-        if preparation is None:
-            preparation = Preparation(budget)
-            tokenizer = vocabulary(model)
-            preparation.check("loading the tokenizer")
-
-        def progress(done: int, stage: str = f"measuring the samples of {path}") -> None:
-            if stages and done % LOOKED_AT == 1:
-                stages(stage, done, done)
-
-        longest_here = longest_sample(
-            path,
-            tokenizer,
+    if samples:
+        longest = longest_samples(
+            samples,
+            model,
+            budget_bytes=budget,
+            report=stages,
             most=most,
-            purpose=purpose,
             too_long="truncate" if truncate else "refuse",
-            advice=length_advice(lambda longest: spelled("seq", longest), longest_of_model),
+            positions=longest_of_model,
             columns=columns,
             pairs=pairs,
-            progress=progress,
-            preparation=preparation,
-            keep=None if keep is None else tokens_file(keep, purpose),
+            keep=None if keep is None else {purpose: str(tokens_file(keep, purpose)) for purpose in samples},
         )
-        longest = max(longest, longest_here)
     if choice is None and seq is not None:
         choice = seq, requested_reason
     if choice is None:

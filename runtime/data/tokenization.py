@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
-from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.sources.vocabulary import Vocabulary, refusals
 from tightfit.runtime.common.errors import InputError, RunError, named
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.data import kept_tokens
@@ -91,7 +91,7 @@ def prepare(
     as far as nothing there is predicted, then at the end. With `pairs` the samples have to be pairs of answers, and become two
     records each; `warn` is called with what is odd about them all, in words. `progress(samples)` is called after each sample with their
     number so far. `preparation` limits the length of lines and checks this process's memory. `kept` is a file of these data
-    as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead. `positions` are those that the model was made
+    as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead, and for which there need be no vocabulary. `positions` are those that the model was made
     for, None if that is unknown.
 
     Raises InputError, which names the bad lines (at most `REPORTED_LINES`) and counts the rest, RunError if the disk is
@@ -101,15 +101,15 @@ def prepare(
     path = directory / f"{purpose}.records"
     if data.endswith(PREPARED):
         return _copy_records(Path(data), path, seq=seq, vocab_size=vocab_size, pairs=pairs)
-    pad = pad_token_of(vocabulary, vocab_size)
+    pad = pad_token_of(padding_tokens(vocabulary) if kept is None else kept_tokens.padding(kept), vocab_size)
     with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data, pairs=pairs) as writer:
         if data == RANDOM:
             _write_random(writer, seed)
         else:
-            encoder = encoder_for(data, vocabulary, vocab_size)
+            encoder = encoder_for(data, vocabulary, vocab_size) if kept is None else None
             samples = DataPass(writer, encoder, purpose, too_long, plan_again(positions), pairs=pairs)
             if kept is not None:
-                samples.replay(kept, progress, preparation)
+                samples.replay(kept, vocab_size, progress, preparation)
             else:
                 samples.run(data_files(data), progress, preparation, checked_columns(columns))
             if samples.equal and warn:
@@ -162,6 +162,8 @@ def longest_sample(
     """
     with writing(keep) if keep is not None else nullcontext() as file:
         encoder = encoder_for(data, vocabulary)
+        if file is not None:
+            kept_tokens.begin(file, padding_tokens(vocabulary))
         samples = DataPass(_LengthCounter(most), encoder, purpose, too_long, advice, pairs=pairs, keep=file)
         samples.run(data_files(data), progress, preparation, checked_columns(columns))
     return max(samples.longest, samples.longest_text)
@@ -186,10 +188,15 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 def encoder_for(data: str, vocabulary: Vocabulary | None, vocab_size: int | None = None) -> Encoder:
     """An encoder for a model of `vocab_size` tokens, by default those of its tokenizer."""
     if vocabulary is None:
-        raise InputError(
-            f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use {spelled('data', 'random')}"
-        )
+        raise no_tokenizer(data)
     return Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size() if vocab_size is None else vocab_size)
+
+
+def no_tokenizer(data: str) -> InputError:
+    """What is wrong where a model without a tokenizer gets data."""
+    return InputError(
+        f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use {spelled('data', 'random')}"
+    )
 
 
 def _copy_records(source: Path, path: Path, *, seq: int, vocab_size: int, pairs: bool) -> RecordFile:
@@ -295,7 +302,8 @@ class Encoder:
         return ids
 
     def _encoded(self, text: str, mark: str | None) -> list[int]:
-        encoding = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
+        with refusals("the tokenizer has no tokens for it", "change the text, or download the tokenizer again"):
+            encoding = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if mark is None or mark not in text:
             return ids
@@ -316,15 +324,8 @@ class Encoder:
                 all_ids = ids + self._encoded(part, mark)
             flags += [predicted] * (len(all_ids) - len(flags))
             ids = all_ids
-        self.check(ids)
+        check_ids(ids, self.vocab_size)
         return ids, flags
-
-    def check(self, ids: list[int]) -> None:
-        """Raise InputError for a token outside the model's vocabulary."""
-        if ids and max(ids) >= self.vocab_size:
-            raise InputError(
-                f"token {max(ids)} is outside the model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model"
-            )
 
     def completion(
         self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
@@ -355,6 +356,14 @@ class Encoder:
     def asked(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of messages, in which special tokens are text, and of what precedes the assistant's answer."""
         return self.written(tuple(messages), lambda said: [(self.chat.render(said, generation_prompt=True), False)])[0]
+
+
+def check_ids(ids: list[int], vocab_size: int) -> None:
+    """Raise InputError for a token outside the model's vocabulary."""
+    if ids and max(ids) >= vocab_size:
+        raise InputError(
+            f"token {max(ids)} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another model"
+        )
 
 
 def _map_texts(value: Any, change: Callable[[str, bool], str], *, said: bool = True, inside: bool = False) -> Any:
@@ -403,12 +412,14 @@ class _LengthCounter:
 
 
 class DataPass:
-    """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines."""
+    """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines. It needs no encoder for
+    samples that were kept as tokens.
+    """
 
     def __init__(
         self,
         writer: RecordWriter | _LengthCounter,
-        encoder: Encoder,
+        encoder: Encoder | None,
         purpose: Purpose,
         too_long: TooLong,
         advice: Advice,
@@ -477,11 +488,13 @@ class DataPass:
                 else:
                     yield file, number, sequences
 
-    def replay(self, kept: Path, progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
+    def replay(
+        self, kept: Path, vocab_size: int, progress: Callable[[int], None] | None, preparation: Preparation | None
+    ) -> None:
         """The same for samples that were kept as tokens, and checked when they were kept."""
         for done, sample in enumerate(kept_tokens.read(kept), start=1):
             for sequence in sample:
-                self.encoder.check(sequence.ids)
+                check_ids(sequence.ids, vocab_size)
             self.write_sample(sample)
             if progress:
                 progress(done)
@@ -494,6 +507,7 @@ class DataPass:
         with it.
         """
         encoder = self.encoder
+        assert encoder is not None
         if self.pairs != isinstance(sample, AnswerPair):
             raise InputError(
                 f"no pair of answers, and the plan's loss is of such; write {PAIR_FORM}"
@@ -608,11 +622,14 @@ def _write_random(writer: RecordWriter, seed: int) -> None:
             writer.add(whole[:-1], labels, example=example, choice=choice, answer=choice == 0)
 
 
-def pad_token_of(vocabulary: Vocabulary | None, vocab_size: int) -> int:
+def padding_tokens(vocabulary: Vocabulary | None) -> list[int]:
+    """The tokens of a vocabulary that rows may be padded with, the preferred first."""
+    if vocabulary is None:
+        return []
+    tokens = (vocabulary.token_id(token) for token in (vocabulary.pad_token, vocabulary.eos_token))
+    return [token for token in tokens if token is not None]
+
+
+def pad_token_of(padding: Sequence[int], vocab_size: int) -> int:
     """A token to pad rows with; it is never predicted, and causal attention never reads it from an earlier position."""
-    if vocabulary is not None:
-        for token in (vocabulary.pad_token, vocabulary.eos_token):
-            index = vocabulary.token_id(token)
-            if index is not None and index < vocab_size:
-                return index
-    return 0
+    return next((token for token in padding if token < vocab_size), 0)

@@ -16,7 +16,8 @@ from tightfit.planner.fleet.schema import SERVER, SplitMember, SplitPlan
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.strict_json import from_json
-from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
+from tightfit.runtime.data.tokenization import PREPARED
+from tightfit.runtime.data.tokenizing import tokenise
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, PREFIX_WORDS, RecordFile
 from tightfit.runtime.federated.device import DeviceSettings
@@ -94,23 +95,19 @@ def prepared_device(device: DeviceSettings, plan: Plan, fleet: str, server: str)
     """A device with its data prepared once, before its first round, for all of them: in its folder, beside the labels that
     the server gets. `fleet` is the folder of the fleet's plan, `server` the host that the server's runs listen at.
     """
-    from tightfit.profiles.sources import lookup
-
     assert plan.seq is not None
-    plain = device.data == RANDOM or device.data.endswith(PREPARED)
     folder = Path(device.work) / "data"
-    records = prepare(
+    records = tokenise(
         device.data,
-        None if plain else lookup.vocabulary(plan.model.source),
+        plan.model.source,
         folder,
         seq=plan.seq,
         vocab_size=plan.model.config["vocab_size"],
         too_long="truncate" if device.truncate else "refuse",
     )
-    records.close()
     labels = folder / f"labels{PREPARED}"
-    labels_alone(records.path, labels)
-    return replace(device, data=str(records.path), fleet=fleet, labels=str(labels), server=server)
+    labels_alone(records, labels)
+    return replace(device, data=str(records), fleet=fleet, labels=str(labels), server=server)
 
 
 def check_labels(content: bytes, plan: Plan, place: str) -> None:

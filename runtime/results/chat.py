@@ -3,7 +3,8 @@
     python -m tightfit.runtime.results.chat ORDER    holds the conversation of an `AnswerOrder`
     python -m tightfit.runtime.results.chat --measure FOLDER TOKENS    prints the bytes that this takes
 
-Its memory counts against the budget: it imports the tokenizer's library and Jinja beside the standard library, and no more.
+Its memory counts against the budget: it imports the library `tokenizers` and Jinja beside the standard library, and no more. It loads the
+tokenizer, and gives back what only loading took, before the model is there; what it holds beside the model counts from then on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.data.samples import Message
 from tightfit.runtime.data.tokenization import Encoder
-from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.device.resident import begin_peak_anew, memory
+from tightfit.runtime.engine.start.process import trim_heap
 from tightfit.runtime.supervision import answering
 from tightfit.runtime.supervision.answering import AnswerOrder, Answers, answers, carried_out, sentence
 
@@ -79,7 +81,7 @@ class ChatPrompt:
 
 def converse(order: AnswerOrder) -> None:
     """Hold a conversation until its end: of the input, or Ctrl-C while nothing is answered."""
-    encoder = Encoder(read_vocabulary(Path(order.run.directory)), order.vocabulary)
+    encoder = _loaded(order.run.directory, order.vocabulary)
     talk = ChatPrompt(encoder, order.system, order.plan["context"] - order.max_tokens)
     with answers(order) as asking, _interrupts(asking):
         if sys.stdin.isatty():
@@ -107,6 +109,15 @@ def converse(order: AnswerOrder) -> None:
                 sys.stdout.write("\n")
                 sys.stderr.write(f"{sentence(asking.answered)}\n")
             sys.stdout.flush()
+
+
+def _loaded(folder: str, vocab_size: int) -> Encoder:
+    """An encoder by the vocabulary in `folder`. This process's peak is counted from now on."""
+    encoder = Encoder(read_vocabulary(Path(folder)), vocab_size)
+    encoder.chat  # noqa: B018  compiles the template
+    trim_heap()
+    begin_peak_anew()
+    return encoder
 
 
 def _written() -> Iterator[str]:
@@ -142,8 +153,8 @@ def _interrupts(asking: Answers) -> Iterator[None]:
 
 
 def measure(folder: str, tokens: int) -> int:
-    """Peak bytes of this process in conversations of so many tokens at most, by the vocabulary in `folder`."""
-    encoder = Encoder(read_vocabulary(Path(folder)), 1 << 62)
+    """Peak bytes of this process in conversations of so many tokens at most, by the vocabulary in `folder`, once that is loaded."""
+    encoder = _loaded(folder, 1 << 62)
     longest = BYTES_PER_TOKEN * tokens
     for text in (SAMPLE * (longest // len(SAMPLE.encode()) + 1), "7" * tokens):
         talk = ChatPrompt(encoder, None, tokens * longest)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 
-from tightfit.profiles.sources.gguf_tokenizer import gguf_tokenizer, gguf_vocabulary
+from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.files import write_whole
 
@@ -20,7 +20,7 @@ def vocabulary_files(source: Source) -> Callable[[Path], None]:
     Raises InputError for a tokenizer of another kind than those that tightfit reads.
     """
     vocabulary = gguf_vocabulary(Path(source.path))
-    tokenizer = gguf_tokenizer(Path(source.path))
+    tokenizer = vocabulary.tokenizer
     begin = vocabulary.bos_token if vocabulary.add_bos else None
     if begin is not None:
         ids = [(begin, tokenizer.token_to_id(begin))]

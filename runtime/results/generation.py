@@ -20,25 +20,25 @@ from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.models.answer_steps import INSTEAD, Answers
 from tightfit.profiles.option_fields import keywords_of
-from tightfit.profiles.sources.directory_tokenizer import write_vocabulary
-from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve_traced, vocabulary
+from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve_traced, tokenizer_file
 from tightfit.profiles.sources.packing import packed_store
-from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.sources.tokenizer_memory import KnownMemory
+from tightfit.profiles.sources.vocabulary import TokenizerFile
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import held_bytes, predicted_bytes
-from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory, read_whole
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
+from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.data.samples import Prompt, parse_prompt
-from tightfit.runtime.data.token_bytes import token_bytes
-from tightfit.runtime.data.tokenization import Encoder
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training.adapter import BODY, WEIGHTS
 from tightfit.runtime.engine.weights.layout import Entry, read_header
 from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.answer_options import CONTEXT, AnswerOptions
+from tightfit.runtime.results.answer_texts import TABLE, answer_texts
 from tightfit.runtime.results.evaluation import temporary_folder
 from tightfit.runtime.results.generation_figures import CHILD, job_of, measured
 from tightfit.runtime.results.generation_steps import answers_of
@@ -46,12 +46,9 @@ from tightfit.runtime.results.place import adapter_folder
 from tightfit.runtime.session.output import locked
 from tightfit.runtime.supervision import answering
 from tightfit.runtime.supervision.answering import AnswerOrder, answers
-from tightfit.runtime.supervision.token_text import write_table
 from tightfit.runtime.supervision.training_process import RunOrder
 
 Stages = Callable[[str, int, int], None]
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
-"""tokens with which chat templates of published models end a turn"""
 QUESTION = 128
 """tokens of a question in a conversation, for which the plan is to be fast"""
 
@@ -62,11 +59,12 @@ class AnsweringModel:
 
     source: Source
     steps: Answers
-    vocabulary: Vocabulary
+    tokenizer: TokenizerFile
     store: Path
     fingerprint: str
     entries: dict[str, Entry]
     ends: list[int]
+    """tokens that end an answer by what the model's files say"""
     longest: int | None
     """tokens that the model was made for"""
     pairs: dict[str, AdapterPair]
@@ -121,23 +119,30 @@ def prepared(
     adapter or prompt that cannot be used, InfeasibleError where the budget is too small, RunError if measuring fails.
     """
     ready = open_model(model, options)
-    encoder = Encoder(ready.vocabulary, ready.source.config["vocab_size"])
-    if prompts is None:
-        encoder.chat  # noqa: B018  raises where the model has no chat template
-    encoded = None if prompts is None else [_encoded(encoder, prompt, options) for prompt in prompts]
-    problem = _problem(ready, options, encoded)
+    vocab_size = ready.source.config["vocab_size"]
     with temporary_folder() as directory, locked(directory) as lock:
-        with writing_to(directory):
-            vocab_size = ready.source.config["vocab_size"]
-            write_table(str(directory / "table"), *token_bytes(ready.vocabulary, vocab_size))
-            if encoded is None:
-                from tightfit.runtime.results import chat
+        texts = answer_texts(
+            ready.tokenizer,
+            directory,
+            prompts,
+            vocab_size=vocab_size,
+            ends=ready.ends,
+            system=options.system,
+            template=options.template,
+        )
+        encoded = texts.prompts
+        problem = _problem(ready, options, encoded)
+        tokenizer = None
+        if encoded is None:
+            from tightfit.runtime.results import chat
 
-                write_vocabulary(directory, ready.vocabulary)
-                front, called = chat.command("--measure", str(directory), str(problem.context)), "chat"
-            else:
+            front = chat.command("--measure", str(directory), str(problem.context))
+            tokenizer = KnownMemory.of(ready.tokenizer)
+            called = f"chat {problem.context} {tokenizer.place.stem}"
+        else:
+            with writing_to(directory):
                 _write_prompts(directory / "prompts", prompts or (), encoded)
-                front, called = answering.command("--measure"), "generate"
+            front, called = answering.command("--measure"), "generate"
         threads = options.threads or useful_threads(our_cores(), quota_cores())
         if options.stages:
             options.stages("measuring", 0, 1)
@@ -146,13 +151,19 @@ def prepared(
             ready.store,
             ready.fingerprint,
             front,
-            called=f"{called} {problem.context if encoded is None else ''}",
+            called=called,
             threads=threads,
             force=options.force,
         )
         if options.stages:
             options.stages("measuring", 1, 1)
         plan = plan_answers(problem, figures, budget, options.choose)
+        if tokenizer is not None and tokenizer.bytes > budget:
+            raise InfeasibleError(
+                f"the budget of {format_size(budget)} is too small: loading the tokenizer, before the conversation begins, takes"
+                f" {format_size(tokenizer.bytes)}; give {spelled('memory')} {-(-tokenizer.bytes // MIB)}MiB or more",
+                tokenizer.bytes,
+            )
         told(plan)
         job = job_of(
             problem,
@@ -182,20 +193,20 @@ def prepared(
             job.write(run.job)
         yield AnswerOrder(
             run=run,
-            table=str(directory / "table"),
+            table=str(directory / TABLE),
             prompts=None if encoded is None else str(directory / "prompts"),
             several=encoded is not None and len(encoded) > 1,
-            ends=ready.ends,
+            ends=texts.ends,
             max_tokens=options.max_tokens,
             sampling=asdict(options.sampling),
             system=options.system,
-            vocabulary=ready.source.config["vocab_size"],
+            vocabulary=vocab_size,
             plan=summary,
             as_json=as_json,
             stream=stream,
             debug=debug,
             counted=counted,
-            preparation_bytes=memory().peak,
+            preparation_bytes=memory().peak + held_bytes(),
             stage_bytes={
                 "preparing the answers": {
                     "predicted": predicted_bytes() or None,
@@ -221,8 +232,8 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
         stages("tracing", 0, 1)
     steps = answers_of(source) if bundle is None else bundle.answers
     steps.of(longest or CONTEXT)  # refuses what cannot answer, before its weights are packed
-    words = vocabulary(model)
-    if words is None:
+    tokenizer = tokenizer_file(model)
+    if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
     pack = (lambda done, total, name: stages("packing the weights", done, total)) if stages else None
     store = packed_store(source, cache_directory() / "stores", pack)
@@ -232,11 +243,11 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     return AnsweringModel(
         source=source,
         steps=steps,
-        vocabulary=words,
+        tokenizer=tokenizer,
         store=store,
         fingerprint=header.fingerprint,
         entries=header.entries,
-        ends=_ends(model, words),
+        ends=end_tokens(model),
         longest=longest,
         pairs={} if folder is None else pairs_of(folder, body, header.entries, source.name),
         adapter=None if folder is None else folder / WEIGHTS,
@@ -261,34 +272,6 @@ def pairs_of(folder: Path, body: str, entries: dict[str, Entry], name: str) -> d
         assert pair is not None
         pairs[weight] = AdapterPair(rank=pair.rank, scale=pair.scale, dora=pair.dora)
     return pairs
-
-
-def _ends(model: str, vocabulary: Vocabulary) -> list[int]:
-    """The tokens that end an answer: what the model's files say, and the ends of turns that its chat template writes."""
-    found = end_tokens(model) or [token for token in [vocabulary.token_id(vocabulary.eos_token)] if token is not None]
-    for token in TURN_ENDS:
-        number = vocabulary.tokenizer.token_to_id(token)
-        if number is not None and token in (vocabulary.chat_template or ""):
-            found.append(number)
-    return list(dict.fromkeys(found))
-
-
-def _encoded(encoder: Encoder, prompt: Prompt, options: AnswerOptions) -> list[int]:
-    """Tokens of a prompt. Special tokens stay such only in one that no template is applied to: it may be rendered already. Raises InputError where there are none, or for tokens that the model lacks."""
-    if isinstance(prompt, str) and not (options.template and encoder.vocabulary.chat_template):
-        if options.system is not None:
-            raise InputError(
-                f"{spelled('system')} needs a chat template, and the model has none or it is not used; leave it out"
-            )
-        ids = encoder.segments([(prompt, False)])[0] if prompt else []
-    else:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if options.system is not None:
-            turns.insert(0, {"role": "system", "content": options.system})
-        ids = encoder.asked(turns)
-    if not ids:
-        raise InputError("the prompt is empty; write something to go on from")
-    return ids
 
 
 def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Sequence[int]] | None) -> Problem:

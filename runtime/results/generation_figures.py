@@ -35,6 +35,7 @@ CODE = (
     "runtime/engine",
     "runtime/supervision",
     "planner/generation",
+    "runtime/results/chat.py",
     "runtime/results/generation_figures.py",
 )
 """Source files that determine the figures: a change in any of them invalidates the cached ones."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
 from tightfit.profiles.models.family import family_of
-from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary, library_tokenizer
+from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.profiles.sources.gguf_tokenizer import CONTROL, SPLITS, USER_DEFINED, implied_merges
@@ -118,10 +118,9 @@ def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataV
 
 
 def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> dict[str, MetadataValue]:
-    whole = library_tokenizer(Path(source.path))
-    tokenizer = json.loads(whole.to_str())
+    tokenizer = json.loads(vocabulary.tokenizer.to_str())
     model = tokenizer["model"]
-    token_of = {index: token for token, index in whole.get_vocab().items()}
+    token_of = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
     if token_of and max(token_of) >= size:
         raise InputError(
             f"{source.path}: its tokenizer has token {max(token_of)}, and the model has {size}; download it again"

@@ -202,7 +202,8 @@ def prepare_data(
     tokens: Path | None = None,
 ) -> Path:
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
-    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare, tokens_file
+    from tightfit.runtime.data.tokenization import tokens_file
+    from tightfit.runtime.data.tokenizing import tokenise
 
     check_data(data, options.columns if purpose == "train" else None, module=plan.model.kind == "module")
     if plan.model.kind == "module":
@@ -212,16 +213,12 @@ def prepare_data(
 
     assert plan.seq is not None
     text = os.fspath(data)
-    vocabulary = None if text == RANDOM or text.endswith(PREPARED) else lookup.vocabulary(plan.model.source)
-    if preparation:
-        preparation.check("loading the tokenizer")
     kept_tokens = None if tokens is None else tokens_file(tokens, purpose)
     if kept_tokens is not None and not kept_tokens.exists():
         kept_tokens = None
-    stage = f"tokenising {text}" if kept_tokens is None else f"taking the tokens of {text}"
-    records = prepare(
+    return tokenise(
         text,
-        vocabulary,
+        plan.model.source,
         folder,
         seq=plan.seq,
         vocab_size=plan.model.config["vocab_size"],
@@ -231,13 +228,11 @@ def prepare_data(
         seed=seed,
         pairs=plan.model.preference is not None,
         warn=lambda message: warnings.warn(message, UserWarning, stacklevel=2),
-        progress=(lambda done: stages(stage, done, done)) if stages else None,
-        preparation=preparation,
+        report=stages,
+        budget_bytes=preparation.budget_bytes if preparation else None,
         kept=kept_tokens,
         positions=lookup.positions_of(plan.model.config),
     )
-    records.close()
-    return records.path
 
 
 def _epoch_steps(plan: Plan, prepared: Path, options: TrainingOptions) -> float:

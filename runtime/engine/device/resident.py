@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -32,6 +33,12 @@ def memory(pid: int | str = "self") -> ProcessMemory:
             if field is not None:
                 fields[field] = int(rest.split()[0]) * 1024
     return ProcessMemory(**fields)
+
+
+def begin_peak_anew() -> None:
+    """Have the kernel count this process's `peak` from now on, where it does that."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 class ResidentReader:

@@ -26,7 +26,15 @@ from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.chat import ChatTemplate
 from tightfit.runtime.data.samples import CONVERSION, FORMS, data_files, parse_sample
-from tightfit.runtime.data.tokenization import RANDOM_RECORDS, DataPass, Encoder, pad_token_of, plan_again, prepare
+from tightfit.runtime.data.tokenization import (
+    RANDOM_RECORDS,
+    DataPass,
+    Encoder,
+    pad_token_of,
+    padding_tokens,
+    plan_again,
+    prepare,
+)
 from tightfit.runtime.engine.training.batches import TokenBatches
 from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
@@ -973,8 +981,8 @@ def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(vocabulary: V
     (low, _), (high, last) = tokens[5], tokens[-1]
     for pad, end, found in ((high, low, 5), (high, high, 0), (low, high, 5)):
         own = Vocabulary(tokenizer=vocabulary.tokenizer, pad_token=pad, eos_token=end)
-        assert pad_token_of(own, last) == found
-        assert pad_token_of(own, last + 1) == (5 if pad == low else last)
+        assert pad_token_of(padding_tokens(own), last) == found
+        assert pad_token_of(padding_tokens(own), last + 1) == (5 if pad == low else last)
 
 
 def test_progress_counts_samples(vocabulary: Vocabulary, tmp_path: Path) -> None:
