@@ -26,7 +26,7 @@ from tightfit.planner.report.memory_categories import (
 )
 from tightfit.planner.report.plain_words import plain_words
 from tightfit.planner.report.step_columns import packed_columns
-from tightfit.planner.report.summary import adapter_words, expected_words, update_words
+from tightfit.planner.report.summary import adapter_words, update_words
 from tightfit.planner.report.templates import filled
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
@@ -220,7 +220,8 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     assert train is not None
     rows = [
         ("status", plan.status if plan.policy != "solver" else nearness(plan, "class")),
-        ("step", expected_words(plan)),
+        *([("step, as rehearsed", format_seconds(plan.expected_seconds))] if plan.expected_from == "rehearsal" else []),
+        ("step, by the model", format_seconds(plan.step_seconds)),
         ("no faster in this class than", f"{format_seconds(plan.bound_seconds)} (gap {plan.gap:.2%})"),
         (
             "no schedule at all faster than",

@@ -26,7 +26,7 @@ def test_three_sentences_without_a_word_of_the_command_line():
         tensors,
     )
     assert "computed again" in tensors
-    assert re.search(r"of the [\d.]+ s of a step, [\d.]+% into computing again what was given up", limits)
+    assert re.search(r"of the [\d.]+ s of a step by the model, [\d.]+% into computing again what was given up", limits)
     assert nearness.startswith("It follows a fixed rule, mebp: searching could save at most ")
 
 
