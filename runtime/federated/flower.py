@@ -35,7 +35,7 @@ publisher = "tightfit"
 
 [tool.flwr.app.components]
 serverapp = "tightfit.runtime.federated.server_app:app"
-clientapp = "tightfit.runtime.federated.device:take_part" # which `node` calls; Flower wants one to be named
+clientapp = "tightfit.runtime.federated.server_app:app" # Flower wants one to be named; devices run `node`
 
 [tool.flwr.app.config]
 settings = ""
