@@ -164,7 +164,7 @@ def draw(plan: Plan, report: dict[str, Any], path: Path) -> Path:
     The measurements within the step are of the training process; the supervisor's memory is added to them.
     """
     beside = report["processes"]["supervisor"]["measured"]
-    samples = [(instruction, resident + beside) for instruction, _, resident in report["timeline"]]
+    samples = [(instruction, resident + beside) for instruction, _, resident in report["timeline"].get("first", [])]
     return draw_timeline(plan, path, measured=samples, measured_peak=report["peak_bytes"]["measured"])
 
 

@@ -54,7 +54,7 @@ class ObservedRun:
     """step, loss and accuracy of the best evaluation, where some were made between the steps"""
     over: bool = False
     """whether the run ended early, since its evaluations stopped getting better"""
-    timeline: list[list[float]] = field(default_factory=list)
+    timelines: dict[str, list[list[float]]] = field(default_factory=dict)
     exchanges: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     """what the member of a fleet said about the latest updates"""
     peak_bytes: int = 0
@@ -86,7 +86,7 @@ class ObservedRun:
         elif event == "evaluated" and message["when"] != "between":
             self.evaluations[message["when"]] = {k: v for k, v in message.items() if k not in ("event", "when")}
         elif event == "timeline":
-            self.timeline = message["samples"]
+            self.timelines[message["which"]] = message["samples"]
         elif event == "referred":
             self.referred = {
                 "pairs": message["pairs"],
@@ -205,7 +205,7 @@ def build_report(
         "policy": planned["policy"],
         "plan_fingerprint": planned["plan_fingerprint"],
         "base": planned.get("base"),
-        "timeline": observed.timeline,
+        "timeline": observed.timelines,
     }
     if observed.referred:
         report["references"] = observed.referred

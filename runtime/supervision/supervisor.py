@@ -298,7 +298,7 @@ def measure() -> int:
     """Peak bytes of a supervisor, measured in this process, which plays a run of `LATEST_STEPS` steps with long
     messages.
     """
-    words = json.dumps({"event": "timeline", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
+    words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
     step = {
         "event": "step",
         "step": 1,

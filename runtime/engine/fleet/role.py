@@ -68,6 +68,14 @@ class FleetRole:
         `out` is the one that all go on from. Raises InputError where settings differ or there is no such checkpoint.
         """
 
+    def watched(self, done: int, steps: int | None, accumulate: int) -> dict[int, str]:
+        """The steps after the first `done` whose timelines the report shows, and what it calls them. The second one is that of
+        step 3 after the start, the first one without the start's extra work; where several steps make an update, it is that of
+        the next step that ends one.
+        """
+        later = -(-(done + 3) // accumulate) * accumulate
+        return {done + 1: "first", min(steps or later, later): "later"}
+
     # --- in a step -------------------------------------------------------------------------------------------------
 
     def passes(self, step: int) -> Iterator[tuple[int, bool]]:
@@ -137,6 +145,11 @@ class JoinedRole(FleetRole):
 
         said = {**settings, "plan of the fleet": self.transport.plan}
         agree(self.transport, said, out, resume=resume, exact=self._exact, apart=self.apart)
+
+    def watched(self, done: int, steps: int | None, accumulate: int) -> dict[int, str]:
+        """Of the first step of the fleet the first of this member's micro-batches, and the last."""
+        own = self.share.steps(done)
+        return {own[0]: "first", own[-1]: "later"} if len(own) > 1 else {own[0]: "later"}
 
     def leave(self, why: str) -> None:
         self.transport.leave(why)

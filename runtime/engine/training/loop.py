@@ -144,8 +144,7 @@ class _Run:
                 training.load_state(found.path, found.state)
         if self.evaluations and found:
             self._catch_up(self.evaluations)
-        self.first = self.role.share.steps(self.done)[0]
-        """the step whose memory is drawn: the first that this process takes"""
+        self.watched = self.role.watched(self.done, self.header["steps"], self.header["accumulate"])
         self.updated = time.perf_counter()
         """when the latest update of a fleet ended"""
 
@@ -227,7 +226,7 @@ class _Run:
 
     def take(self, step: int) -> None:
         """Take a step; in a fleet a micro-batch, after the last of which the members exchange their gradients."""
-        told = self._step(step, watched=step == self.first)
+        told = self._step(step, self.watched.get(step))
         if self.role.knows_losses:
             self._tell(step, told)
         else:
@@ -250,8 +249,8 @@ class _Run:
         if stop and not last:
             raise _Stopped
 
-    def _step(self, step: int, *, watched: bool) -> dict[str, Any]:
-        """Take one step; returns its figures. If it is `watched`, also send a timeline of its memory."""
+    def _step(self, step: int, watched: str | None) -> dict[str, Any]:
+        """Take one step; returns its figures. With `watched`, also send a timeline under that name."""
         training = self.training
         if watched:
             training.meter.watch(self.header["expected_seconds"])
@@ -265,7 +264,7 @@ class _Run:
         tidy()
         training.executor.trace = None
         if watched:
-            self.send("timeline", samples=training.meter.stop())
+            self.send("timeline", which=watched, samples=training.meter.stop())
         peak = self.peaks["train"] = training.meter.check_peak()
         told = {
             "loss": loss,

@@ -24,8 +24,8 @@ def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list
     one.header = {"checkpoint_every": every, "steps": steps}
     one.role = FleetRole()
     one.metrics = one.send = one.evaluations = None
-    one.first, one.peaks, one.done = 1, {}, 0
-    one._step = lambda *_, **__: {"loss": 1.0}
+    one.watched, one.peaks, one.done = {}, {}, 0
+    one._step = lambda *_: {"loss": 1.0}
     one._tell = lambda *_: None
     one.stopping = lambda: stopping
     one._save = lambda: saved.append(one.done)
@@ -59,7 +59,7 @@ def step(training: Any, folder: Path, send: Any) -> None:
     one.header = {"traced_steps": []}
     one.training, one.send, one.peaks, one.begun, one.trace = training, send, {}, 0, None
     one.metrics = MetricsFile(str(folder / "m"), 0)
-    one._tell(7, one._step(7, watched=False))
+    one._tell(7, one._step(7, None))
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])

@@ -70,7 +70,7 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     assert report["step_seconds"]["measured"] > 0
     assert report["evaluation"]["before"]["loss"] > 0
     assert report["evaluation"]["after"]["records"] == 256
-    first = report["timeline"]
+    first = report["timeline"]["first"]
     assert [s[0] for s in first] == sorted(s[0] for s in first)
     assert first[-1][2] >= first[0][2]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -81,6 +81,13 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     assert report["tokens"]["padding_share"] == 0
     assert (out / "adapter" / "adapter_config.json").exists()
     assert not (out / "job").exists()
+
+
+@pytest.mark.slow
+def test_a_short_run_has_the_timeline_of_its_last_step(plan, tmp_path):
+    for steps, kept in ((1, ["later"]), (2, ["first", "later"])):
+        report = run(plan, "random", steps=steps, out=tmp_path / str(steps), **SETTINGS)
+        assert sorted(report["timeline"]) == kept
 
 
 def test_the_kernels_counter_is_the_measured_peak(whole):

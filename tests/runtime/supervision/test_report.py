@@ -74,7 +74,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
         {"event": "resumed", "step": 2, "checkpoint": "checkpoint-2"},
         {"event": "loaded", "spill_bytes": 11, "peak_bytes": 5},
         {"event": "evaluated", "when": "before", "loss": 3.0, "peak_bytes": 12},
-        {"event": "timeline", "samples": [[0, 0.1, 7]]},
+        {"event": "timeline", "which": "first", "samples": [[0, 0.1, 7]]},
         {"event": "step", "seconds": 9.0, "spent": dict.fromkeys(names, 8.0)},
         {"event": "step", "seconds": 1.0, "spent": {name: float(at) for at, name in enumerate(names)}},
         {"event": "saved", "path": "adapter"},
@@ -89,7 +89,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     assert report["peak_bytes"] == {"predicted": plan.peak_bytes, "measured": 12}
     assert report["processes"] == {"training": report["peak_bytes"]}  # a program ran the plan, whose memory is its own
     assert (report["adapter"], report["checkpoint"], report["resumed_step"]) == ("adapter", "checkpoint-2", 2)
-    assert (report["spill_bytes"], report["timeline"]) == (11, [[0, 0.1, 7]])
+    assert (report["spill_bytes"], report["timeline"]) == (11, {"first": [[0, 0.1, 7]]})
     assert report["evaluation"] == {"before": {"loss": 3.0, "peak_bytes": 12}}
     phases = report["phases"]
     assert phases["train"]["peak_bytes"] == {"predicted": plan.train.peak_bytes, "measured": 2}
