@@ -16,6 +16,7 @@ from decoder_families import FAMILIES, NO_ANSWERS
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import stored_weights, take
 
+from tightfit.profiles.models.answer_steps import INSTEAD
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.runtime.common.errors import InputError
@@ -156,7 +157,7 @@ def test_what_has_no_cache_is_refused_by_name(name: str) -> None:
     with pytest.raises(InputError, match=re.escape(f"a {config['model_type']} decoder")) as error:
         steps_of(config, (), 60)
     assert NO_ANSWERS[name] in str(error.value)
-    assert str(error.value).endswith("do something else")
+    assert str(error.value).endswith(INSTEAD)
 
 
 @pytest.mark.slow
