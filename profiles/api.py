@@ -93,7 +93,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     so that a run can start from it.
 
     With a `loss` of "dpo" or "orpo" the step learns from pairs of answers (`tightfit.runtime.engine.cpu.preference`): `batch` of
-    them, each in two rows. `beta` (default 0.1) is how much the comparison of the two weighs.
+    them, each in two rows, or as many as share these. `beta` (default 0.1) is how much the comparison of the two weighs.
 
     `tile` tokens go through a layer at a time (default: all); 0 stands for the fewest with which products with the model's widest
     matrix keep their speed on this machine (`tightfit.profiles.measuring.tile_rates`).

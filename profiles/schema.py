@@ -58,9 +58,11 @@ POSITIONS = "positions"
 whose samples cannot share rows have none"""
 PREFERENCE = "preference"
 """key in a model's config of what its loss is where it learns from pairs of answers (`Preference`)"""
-ANSWER_INPUTS = {"dpo": ("references", "float64"), "orpo": ("starts", "int64")}
-"""loss of pairs -> (name, dtype) of the decoder's further input [rows], which says of each answer: its log-probability in the
-reference model (DPO), or the index in its row of the answer's first label (ORPO)"""
+ANSWERS = "answers"
+"""name of a decoder's last input where it learns from pairs, float64 [1 or 2, rows, seq]: the number of the answer at each place, and with
+DPO that answer's log-probability in the reference model"""
+ANSWER_PLANES = {"dpo": 2, "orpo": 1}
+"""loss of pairs -> numbers that this input has of a place"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 

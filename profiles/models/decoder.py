@@ -56,19 +56,16 @@ HEAD_TOKENS = 2048
 """tokens whose losses are computed together where tiles are smaller: each part of the batch unpacks the head anew"""
 MATRIX_BYTES = 64 << 20
 """largest frozen matrix, unpacked, that is read, unpacked and multiplied as a whole; of larger ones, slices are"""
-PAIRS_APART = "each answer of a pair has a row of its own"
+Pairs = tuple[()] | tuple[Tensor, str, float]
+"""what a loss of pairs takes beside token losses and labels; nothing for the loss of tokens"""
 
 
-def third_input(
-    preference: Preference | None, given: Tensor | None
-) -> tuple[Tensor | None, tuple[()] | tuple[Tensor, str, float]]:
-    """(positions, what a loss of pairs takes beside token losses and labels) of a decoder's third input: with a loss of pairs,
-    of which each answer has a row of its own, it is what that loss knows of them.
-    """
+def pairs_of(preference: Preference | None, inputs: Sequence[Tensor]) -> tuple[Tensor | None, Pairs]:
+    """(positions, if there are any; what the loss of pairs takes) of a decoder's inputs behind tokens and labels."""
     if preference is None:
-        return given, ()
-    assert given is not None
-    return None, (given, preference.loss, preference.beta)
+        return (inputs[0] if inputs else None), ()
+    *positions, answers = inputs
+    return (positions[0] if positions else None), (answers, preference.loss, preference.beta)
 
 
 class Norm(nn.Module):
@@ -341,12 +338,12 @@ class Body(nn.Module):
 
 class Decoder(nn.Module):
     """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
-    [batch * seq]); with a `preference` forward(input_ids, labels, known [batch]), with a batch of two rows for each pair.
+    [batch * seq]); with a `preference` forward(input_ids, labels, positions, answers), with as many rows as two for each pair.
 
     labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0, is that
     of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
-    Padding needs no mask: attention is causal and padded places carry no label. `known` is what the loss of pairs has to know
-    of each answer (`tightfit.runtime.engine.cpu.preference.preference_loss`). A
+    Padding needs no mask: attention is causal and padded places carry no label. `answers` says which answer of a pair
+    each place belongs to, and what the loss has to know of it (`tightfit.runtime.engine.cpu.preference.preference_loss`). A
     *tile*, of so many tokens, goes through a layer at a time, and all tiles do before the next layer begins; None: all tokens at once. It is
     several rows of the batch, or a part of a row, of whose tiles each attends to the keys and values of those before it. `matrix_rows`
     of a frozen matrix are read, unpacked and multiplied at a time, as `slice_matrices` has it.
@@ -379,20 +376,18 @@ class Decoder(nn.Module):
         coefficient, layers = shape.router_loss, sum(shape.mixtures)
         self.router_loss = None if not coefficient or not layers else RouterLoss(shape.chosen, coefficient, layers)
         self.preference = preference
-        self.rows_apart = None if preference is None else PAIRS_APART
+        self.rows_apart: str | None = None
         """Why samples cannot share rows; None: they can."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        positions, pairs = third_input(self.preference, third)
+    def forward(self, input_ids: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        positions, pairs = pairs_of(self.preference, others)
         embedded = self._embedded(input_ids)
         sums = sums_of_batch(self.router_loss, labels, len(embedded))
         tiles = self._through_layers(embedded, input_ids, positions, sums)
         loss, token_losses = self._losses(tiles, labels, pairs)
         return loss if sums is None else loss + sums.loss(), token_losses
 
-    def _losses(
-        self, tiles: Sequence[Tensor], labels: Tensor, pairs: tuple[()] | tuple[Tensor, str, float]
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, tiles: Sequence[Tensor], labels: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """(loss, token losses), given what the last layer made of the tiles."""
         trained = trained_copy(self.lm_head) if HEAD in self._modules else None
         if trained is not None:

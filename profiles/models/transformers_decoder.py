@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import PAIRS_APART, adapt, slice_matrices, third_input
+from tightfit.profiles.models.decoder import Pairs, adapt, pairs_of, slice_matrices
 from tightfit.profiles.models.decoder_facts import DecoderFacts, FrozenTensor, buffer_value
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
@@ -103,7 +103,7 @@ class AnyDecoder(nn.Module):
     """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
     [batch * seq]).
 
-    labels, positions, the third input with a `preference` and `matrix_rows` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
+    labels, positions, what follows with a `preference`, and `matrix_rows` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
     samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
     under `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the length of
     sequences for which rotary frequencies are chosen, where it is not `seq`: an answer's steps have those of the whole answer.
@@ -173,7 +173,7 @@ class AnyDecoder(nn.Module):
             self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
         self.mixing = _mixing(body)
         self.preference = preference
-        self.rows_apart: str | None = None if preference is None else PAIRS_APART
+        self.rows_apart: str | None = None
         """Why samples cannot share rows; None: they can. It is found out by `learn_rows`."""
         self.eval()
         for parameter_name, parameter in self.named_parameters():
@@ -184,7 +184,7 @@ class AnyDecoder(nn.Module):
         takes = "position_ids" in inspect.signature(self.model.forward).parameters
         try:
             with torch.no_grad():
-                self(sample["input_ids"], sample["labels"], sample[POSITIONS] if takes else None)
+                self(*(tensor for name, tensor in sample.items() if takes or name != POSITIONS))
         except Exception as error:
             self.rows_apart = f"its code fails when it is given positions ({(str(error).splitlines() or [''])[0]})"
             return
@@ -210,8 +210,8 @@ class AnyDecoder(nn.Module):
             self.add_module(name, nn.Module())
         attach(getattr(self, name), TrainedHead(vocabulary, width, self.cap))
 
-    def forward(self, input_ids: Tensor, labels: Tensor, third: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        positions, pairs = third_input(self.preference, third)
+    def forward(self, input_ids: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        positions, pairs = pairs_of(self.preference, others)
         told = {} if positions is None else {"position_ids": positions}
         self._sums = sums_of_batch(self.router_loss, labels)
         with self.recognition.active(positions):
@@ -225,7 +225,7 @@ class AnyDecoder(nn.Module):
             scores = made[output] if isinstance(made, tuple) else made
             self._sums.add(scores.reshape(len(self._sums.counted), -1))
 
-    def _losses(self, made: Any, labels: Tensor, pairs: tuple[()] | tuple[Tensor, str, float]) -> tuple[Tensor, Tensor]:
+    def _losses(self, made: Any, labels: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """(loss, token losses), given what the body makes."""
         hidden = made[0].reshape(-1, made[0].shape[-1])
         if self.scale != 1.0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
-from tightfit.profiles.schema import ANSWER_INPUTS, PREFERENCE, Preference
+from tightfit.profiles.schema import ANSWER_PLANES, PREFERENCE, Preference
 from tightfit.profiles.steps.step import ProfiledStep
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
@@ -168,7 +168,7 @@ def _preference(options: ProfileOptions) -> Preference | None:
     if options.loss is None:
         if options.beta is not None:
             raise InputError(
-                f"{spelled('beta')} {options.beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', name) for name in ANSWER_INPUTS)}"
+                f"{spelled('beta')} {options.beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', name) for name in ANSWER_PLANES)}"
             )
         return None
     return Preference(loss=options.loss, beta=BETA if options.beta is None else options.beta)

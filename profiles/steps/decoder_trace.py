@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tightfit.profiles.models.decoder import PAIRS_APART, Decoder
+from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import Progress
-from tightfit.profiles.schema import ANSWER_INPUTS, POSITIONS, Preference
+from tightfit.profiles.schema import ANSWER_PLANES, ANSWERS, POSITIONS, Preference
 from tightfit.profiles.tracing.repeated_layers import representatives, with_all_blocks
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
@@ -69,8 +69,8 @@ def _sample(
 ) -> dict[str, torch.Tensor]:
     """The batch that a decoder is traced on; without positions where samples cannot share rows."""
     if preference:
-        name, kind = ANSWER_INPUTS[preference.loss]
-        return _sample(2 * batch, seq, PAIRS_APART) | {name: torch.zeros(2 * batch, dtype=getattr(torch, kind))}
+        answers = torch.zeros(ANSWER_PLANES[preference.loss], 2 * batch, seq, dtype=torch.float64)
+        return _sample(2 * batch, seq, rows_apart) | {ANSWERS: answers}
     names = DECODER_INPUTS[:2] if rows_apart else DECODER_INPUTS
     return {name: torch.zeros(batch, seq, dtype=torch.int64) for name in names}
 
@@ -122,8 +122,7 @@ def trace_any_decoder(
     )
     with FakeTensorMode():
         without_values(module)
-        if preference is None:
-            module.learn_rows(_sample(batch, seq, rows_apart=None))
+        module.learn_rows(_sample(batch, seq, rows_apart=None, preference=preference))
         sample = _sample(batch, seq, module.rows_apart, preference)
     traced = _in_order(_traced(module, sample, report), sample)
     for tensor in traced.tensors:

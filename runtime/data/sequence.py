@@ -87,7 +87,8 @@ def choose_seq(
     if choice is None:
         length = min(most, -(-longest // STEP) * STEP)
         cut_note = "; samples are cut there, and texts go on in the next row" if longest > length else ""
-        choice = length, f"the longest sample of the data has {longest} positions{cut_note}"
+        padded = f"; samples that do not share rows are padded to {length}"
+        choice = length, f"the longest sample of the data has {longest} positions{cut_note}{padded}"
     for path in (data, evaluation):
         if path is not None and path.endswith(PREPARED):
             check_prepared(Path(path), seq=choice[0], vocab_size=None, pairs=pairs)

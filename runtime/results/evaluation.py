@@ -26,7 +26,7 @@ from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.launch import Data, prepare_data
 from tightfit.runtime.session.options import EvaluationOptions, TrainingOptions
 from tightfit.runtime.session.output import locked
-from tightfit.runtime.session.settings import check_packing, order_of, packing_note, settings_of
+from tightfit.runtime.session.settings import order_of, packing_note, settings_of
 from tightfit.runtime.supervision.supervisor import supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -52,7 +52,6 @@ def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: boo
     the plan's budget too; otherwise CapError is raised.
     """
     check_kind(plan)
-    check_packing(plan, options)
     check_seat(plan, None)
     preparation = Preparation(plan.budget_bytes) if counted else None
     check_machine(plan)
@@ -89,7 +88,7 @@ def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: boo
         compiled = compile_job(plan, settings | {"steps": 0})
         if preparation:
             preparation.check("preparing the data")
-        packing = packing_note(plan, settings)
+        packing = packing_note(plan, settings, options)
         yield order_of(plan, compiled, directory, lock, cgroup=options.cgroup, evaluates=True, packing=packing)
 
 

@@ -37,7 +37,6 @@ from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import DataOptions, RunOptions, TrainingOptions
 from tightfit.runtime.session.output import check_reached, finished_report, locked, remove, staged, to_be_replaced
 from tightfit.runtime.session.settings import (
-    check_packing,
     order_of,
     packing_note,
     packs,
@@ -100,7 +99,6 @@ def prepared(
     raised before anything of an earlier run is replaced. `traced_steps`: as of `settings_of`.
     """
     check_kind(plan)
-    check_packing(plan, options)
     member: Membership | None = options.member
     seat = member.seat if member else None
     check_seat(plan, seat)
@@ -183,7 +181,7 @@ def prepared(
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
         figures = member.figures if member else None
-        packing = packing_note(plan, settings)
+        packing = packing_note(plan, settings, options)
         yield order_of(
             plan, compiled, directory, lock, cgroup=options.cgroup, finished=finished, fleet=figures, packing=packing
         )

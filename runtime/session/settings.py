@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,6 @@ from tightfit.planner.problem.device_forward import sent_tensors
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS, Profile
-from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
@@ -95,15 +94,6 @@ def settings_of(
     }
 
 
-def check_packing(plan: Plan | Profile, options: DataOptions) -> None:
-    """Raise InputError where samples are to share rows and each has to have one."""
-    if options.packing and plan.model.preference:
-        raise InputError(
-            f"{spelled('packing')}: the plan learns from pairs of answers ({plan.model.preference.loss}), each of which has a row of its own;"
-            " leave the option out"
-        )
-
-
 def packs(plan: Plan | Profile, options: DataOptions) -> bool:
     """Whether samples share the rows of batches."""
     return options.packing and any(t.kind == "batch" and t.name == POSITIONS for t in plan.tensors)
@@ -173,10 +163,19 @@ def order_of(
     return order
 
 
-def packing_note(plan: Plan, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """For the report: whether samples share rows and, if the model does not allow it, why; None where the data are no samples."""
+def packing_note(plan: Plan, settings: dict[str, Any], options: DataOptions) -> dict[str, Any] | None:
+    """For the report: whether samples share rows and, if the model does not allow it, why; None where the data are no samples. Warns
+    where samples were to share rows and each is padded.
+    """
     if plan.seq is None or not settings["data"]:
         return None
+    if options.packing and plan.model.rows_apart:
+        warnings.warn(
+            f"{spelled('packing')}: samples of {plan.model.name} cannot share rows, since {plan.model.rows_apart}; each is padded to"
+            f" {plan.seq} tokens",
+            UserWarning,
+            stacklevel=2,
+        )
     return {"on": settings["packing"], "refused": plan.model.rows_apart}
 
 

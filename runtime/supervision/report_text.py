@@ -128,7 +128,7 @@ def _memory_table(report: dict[str, Any]) -> Table:
 def _packing_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """A row that says why samples do not share rows, if the model does not allow it."""
     refused = (report.get("packing") or {}).get("refused")
-    return [("rows", f"one sample each: {refused}")] if refused else []
+    return [("rows", f"one sample each, padded to the length of the plan: {refused}")] if refused else []
 
 
 def _cap_rows(report: dict[str, Any], what: str) -> list[tuple[str, str]]:

@@ -71,6 +71,7 @@ def make_training(
     *,
     lr: float,
     seed: int = 7,
+    packing: bool = False,
     channel: TransferChannel | None = None,
     device: Device | None = None,
 ) -> Training:
@@ -80,6 +81,7 @@ def make_training(
         "store": plan.model.store,
         "data": records,
         "evaluation": records,
+        "packing": packing,
         "requests": None,
         "out": str(directory),
         "steps": 1,

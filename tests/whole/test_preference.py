@@ -57,6 +57,12 @@ pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("igno
 
 BETA, PAIRS, SEQ, RANK = 0.3, 2, 30, 4
 SMALL = CONFIGS["llama"] | {"num_hidden_layers": 2}
+SHORT_ROWS = [
+    {"prompt": "a ", "chosen": "b", "rejected": "cde"},
+    {"prompt": "fox ", "chosen": "it is", "rejected": "no"},
+    {"prompt": "x", "chosen": "yz", "rejected": "w"},
+    {"prompt": "o ", "chosen": "12", "rejected": "3"},
+]
 KINDS = {
     "tied": SMALL,
     "untied": CONFIGS["qwen2"] | {"num_hidden_layers": 1},
@@ -76,16 +82,30 @@ def moments(folder: Path, training: Training) -> dict[str, torch.Tensor]:
 
 
 def one_step(
-    folder: Path, config: dict[str, Any], loss: str, dtype: str, tables: tuple[str, ...] = ()
+    folder: Path,
+    config: dict[str, Any],
+    loss: str,
+    dtype: str,
+    tables: tuple[str, ...] = (),
+    shared: list[dict[str, str]] | None = None,
 ) -> tuple[Profile, float, dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
-    """The loss and the gradients of a step whose adapter, left in `folder`, is no new one; and the rows of its batch."""
+    """The loss and the gradients of a step whose adapter, left in `folder`, is no new one; and the rows of its batch, one for each answer.
+    Answers share rows where the samples are those of `shared`, and are made up otherwise.
+    """
     lora = LoraConfig(rank=RANK, alpha=8.0, modules_to_save=tables)
     preference = Preference(loss=loss, beta=BETA)  # type: ignore[arg-type]
     made = decoder_profile(folder, config=config, batch=PAIRS, seq=SEQ, dtype=dtype, lora=lora, preference=preference)
     words = made.model.config["vocab_size"]
-    records = prepare("random", None, folder, seq=SEQ, vocab_size=words, seed=3, pairs=True)
+    own_words = (
+        None
+        if shared is None
+        else vocabulary(str(write_directory(folder, config, {}, tokenizer=byte_level_tokenizer())))
+    )
+    data = "random" if shared is None else str(folder / "pairs.jsonl")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shared or ()))
+    records = prepare(data, own_words, folder, seq=SEQ, vocab_size=words, seed=3, pairs=True)
     records.close()
-    training = make_training(naive_plan(made), str(records.path), folder, lr=0.0)
+    training = make_training(naive_plan(made), str(records.path), folder, lr=0.0, packing=shared is not None)
     batches = training.batches
     assert isinstance(batches, PairBatches)
     if loss == "dpo":
@@ -122,6 +142,22 @@ def one_step(
 )
 def test_losses_and_gradients_are_those_of_trl(kind: str, loss: str, tables: tuple[str, ...], tmp_path: Path) -> None:
     made, own_loss, own, rows = one_step(tmp_path, KINDS[kind], loss, "float32", tables)
+    model = adapted_by_peft(base_of(made), tmp_path)
+    theirs = theirs_of(loss, model, rows, BETA)["loss"]
+    theirs.backward()
+    assert own_loss == pytest.approx(float(theirs.detach()), rel=5e-6)
+    exact = gradients_of(model)
+    assert own.keys() == exact.keys()
+    assert {key for key, value in exact.items() if not relative_error(own[key], value) < 1e-4} == set()
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("tied", "dpo"), ("tied", "orpo"), ("traced", "dpo")])
+def test_answers_that_share_rows_have_the_losses_and_gradients_of_trl(kind: str, loss: str, tmp_path: Path) -> None:
+    """More pairs than have rows of their own in a batch."""
+    made, own_loss, own, rows = one_step(
+        tmp_path, KINDS[kind] | {"vocab_size": 512}, loss, "float32", shared=SHORT_ROWS
+    )
+    assert len(rows[0]) > 2 * PAIRS
     model = adapted_by_peft(base_of(made), tmp_path)
     theirs = theirs_of(loss, model, rows, BETA)["loss"]
     theirs.backward()
@@ -271,6 +307,28 @@ def test_another_schedule_that_stops_and_goes_on_leaves_the_same_adapter(
     assert len(values[0]) == len(ROWS) * ENTRY.size
 
 
+def test_packed_pairs_leave_the_same_adapter_at_every_budget_and_after_a_resume(
+    dpo: Made, data: Path, tmp_path: Path
+) -> None:
+    planner = dpo[1]
+    smallest, large = planner.plan(planner.minimum().peak_bytes), planner.plan(1 << 40)
+    options: dict[str, Any] = {"lr": LR, "packing": True, "eval_data": data}
+    whole = run(smallest, data, steps=3, out=tmp_path / "whole", **options)
+    run(large, data, steps=1, out=tmp_path / "part", **options)
+    again = run(large, data, steps=3, out=tmp_path / "part", resume=True, **options)
+    assert again["loss"] == whole["loss"]
+    assert adapter_hash(tmp_path / "part") == adapter_hash(tmp_path / "whole")
+    assert whole["packing"] == {"on": True, "refused": None}
+    assert whole["peak_bytes"]["measured"] <= smallest.peak_bytes
+    # What is compared before the first step is the same to the bit.
+    assert whole["loss"][0] == float(torch.tensor(2.0).log())
+    assert whole["evaluation"]["before"]["reward_margin"] == 0.0
+    apart = evaluate(large, data, adapter=tmp_path / "whole")
+    names = ("loss", "pairs", "reward_accuracy", "reward_margin")
+    told = whole["evaluation"]["after"]
+    assert {name: apart[name] for name in names} == pytest.approx({name: told[name] for name in names}, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_a_pass_for_references_that_was_killed_goes_on(
     dpo: Made, data: Path, trained: tuple[Path, dict[str, Any]], tmp_path: Path
@@ -371,12 +429,6 @@ def test_losses_that_cannot_be_had_are_refused(model_folder: Path) -> None:
 def test_what_does_not_take_pairs_says_so(dpo: Made, data: Path, tmp_path: Path) -> None:
     made, planner = dpo
     planned = planner.plan(1 << 40)
-    with pytest.raises(
-        InputError, match=r"packing: the plan learns from pairs of answers \(dpo\), each of which has a row"
-    ):
-        run(planned, data, steps=1, out=tmp_path / "a", packing=True)
-    with pytest.raises(InputError, match=r"packing: the plan learns from pairs of answers \(dpo\)"):
-        evaluate(planned, data, packing=True)
     with (
         pytest.raises(
             InputError, match=r"the plan learns from pairs of answers \(dpo\), which a Session does not take"

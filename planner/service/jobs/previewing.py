@@ -15,7 +15,7 @@ from tightfit.profiles.sources.lookup import vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.preview import preview as read
 from tightfit.runtime.session.options import DataOptions
-from tightfit.runtime.session.settings import check_packing, packs
+from tightfit.runtime.session.settings import packs
 
 
 def preview(order: JobOrder, events: EventWriter) -> Row:
@@ -26,7 +26,6 @@ def preview(order: JobOrder, events: EventWriter) -> Row:
         raise InputError(
             f"{profile.model.name} is no language model: it learns from batches of its own, not from samples"
         )
-    check_packing(profile, options)
     source = with_paths(profile.model, order.paths).source
     with tempfile.TemporaryDirectory(dir=Path(order.objects) / "tmp", prefix="preview-") as folder:
         shown = read(
@@ -39,5 +38,5 @@ def preview(order: JobOrder, events: EventWriter) -> Row:
             packing=packs(profile, options),
             progress=lambda done: events.progress(stage="reading", done=done),
         )
-    can_pack = profile.model.preference is None and packs(profile, options.but(packing=True))
+    can_pack = packs(profile, options.but(packing=True))
     return {"result": asdict(shown) | {"can_pack": can_pack}, "files": []}

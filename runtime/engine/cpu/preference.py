@@ -1,11 +1,12 @@
 """The losses of pairs of answers, of which one was chosen and the other rejected: DPO and ORPO, as functions of token losses.
 
-A batch has two rows for each pair, the chosen answer and below it the rejected one, each behind the prompt. Both losses depend on
-a row through one number alone, the log-probability of its answer. So the gradient of a token's logits is that of its own
+The answers of a batch, each behind its prompt, may lie in any of its rows, several in one: each place says which answer its label
+belongs to. Answer 2n is the chosen one of pair n, answer 2n + 1 the rejected one. Both losses depend on an answer through one number
+alone, its log-probability. So the gradient of a token's logits is that of its own
 negative log-likelihood, times a factor that all tokens of an answer share: `preference_loss` makes these factors, and a loss head
 that has folded all slices of the vocabulary needs no second pass over them (`tightfit.runtime.engine.cpu.operators.head_weighted`).
 
-Shapes: P pairs, 2P rows of S places, T = 2P * S. Sums are made in float64.
+Shapes: R rows of S places, T = R * S, which is even and more than there are answers. Sums are made in float64.
 
 Sources: Rafailov et al. 2023, "Direct Preference Optimization" (DPO); Hong et al. 2024, "ORPO: Monolithic Preference
 Optimization without Reference Model"; both as `DPOTrainer` (its sigmoid loss) and `ORPOTrainer` of TRL have them.
@@ -28,42 +29,41 @@ def preference_loss(
 ) -> None:
     """The mean loss of a batch's pairs, and its derivative by each token's negative log-likelihood.
 
-    token_losses float32 [T], 0 where there is no label; labels int64 [2P, S], below 0 for none. `known` is for DPO the
-    log-probability of each answer in the reference model, float64 [2P]; for ORPO the place from which on a row's labels are
-    those of its answer, int64 [2P]: labels before it, of the prompt, count in the likelihood of the chosen row alone. Pairs
-    without a label in both answers are left out.
+    token_losses float32 [T], 0 where there is no label; labels int64 [R, S], below 0 for none. `known` float64 [1 or 2, R, S] has for
+    each place the number of the answer that its label belongs to, or -1, and for DPO below it the log-probability of that answer in the
+    reference model. With ORPO, whose likelihood is of prompts and chosen answers, labels of no answer are those of the prompts of chosen
+    ones. Pairs without a label in both answers are left out.
 
     out: loss float32 [], weights float32 [T].
     """
     total, weights = out
-    answered = answer_places(labels, known if loss == ORPO else None)
-    sums, counts = log_probabilities(token_losses, answered)
+    answers = answers_of_places(labels, known)
+    sums, counts, references = _answers(token_losses, answers, known)
     complete = (counts.view(-1, 2) > 0).all(1)
     pairs = complete.sum().clamp_(min=1)
-    margins, rise = _compared(sums, counts, known, loss, beta)
+    margins, rise = _compared(sums, counts, references, loss, beta)
     terms = _terms(margins, loss, beta)
     mean_loss = torch.where(complete, terms, 0.0).sum() / pairs
     # d loss / d log-probability is - sigmoid(-margin) * rise for the chosen answer and the opposite for the rejected one.
     share = torch.where(complete, torch.sigmoid(margins.neg()), 0.0) / pairs
     factors = rise.view(-1, 2) * share[:, None]
     factors[:, 1].neg_()
-    token_weights = torch.where(answered, factors.view(-1, 1), 0.0)
+    token_weights = torch.cat([factors.view(-1), factors.new_zeros(1)])[answers]
     if loss == ORPO:
-        counted = labels >= 0
-        counted[1::2] = False
+        counted = _likely(labels, answers)
         count = counted.sum().clamp_(min=1)
-        mean_loss += torch.where(counted, token_losses.view(labels.shape), 0.0).double().sum() / count
+        mean_loss += torch.where(counted, token_losses, 0.0).double().sum() / count
         token_weights += counted.double().div_(count)
     total.copy_(mean_loss)
-    weights.copy_(token_weights.view(-1))
+    weights.copy_(token_weights)
 
 
-def _compared(sums: Tensor, counts: Tensor, known: Tensor, loss: str, beta: float) -> tuple[Tensor, Tensor]:
-    """(by what the chosen answers are ahead, as logits float64 [P]; the absolute derivative of the loss of a pair by the
-    log-probability of each answer over sigmoid of minus these logits, float64 [2P]).
+def _compared(sums: Tensor, counts: Tensor, references: Tensor, loss: str, beta: float) -> tuple[Tensor, Tensor]:
+    """(by what the chosen answers are ahead, as logits float64 [T / 2]; the absolute derivative of the loss of a pair by the
+    log-probability of each answer over sigmoid of minus these logits, float64 [T]).
     """
     if loss == DPO:
-        ahead, rise = rewards(sums, counts, known, loss, beta), torch.full_like(sums, beta)
+        ahead, rise = rewards(sums, counts, references, loss, beta), torch.full_like(sums, beta)
     else:
         mean = (sums / counts.clamp(min=1)).clamp_(max=NEAREST)
         rest = torch.expm1(mean).neg_()  # 1 - p
@@ -77,26 +77,35 @@ def _terms(margins: Tensor, loss: str, beta: float) -> Tensor:
     return terms if loss == DPO else terms.mul_(beta)
 
 
-def answer_places(labels: Tensor, starts: Tensor | None) -> Tensor:
-    """Which places have labels of an answer, bool [2P, S]: of all that have one those from `starts` on, int64 [2P]."""
-    labelled = labels >= 0
-    if starts is None:
-        return labelled
-    return labelled.logical_and_(torch.arange(labels.shape[1]) >= starts[:, None])
+def answers_of_places(labels: Tensor, known: Tensor) -> Tensor:
+    """The number of the answer that each place has a label of, int64 [T]; T for none."""
+    answers = known[0].long().view(-1)
+    return torch.where((labels.view(-1) >= 0) & (answers >= 0), answers, answers.numel())
 
 
-def log_probabilities(token_losses: Tensor, answered: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-probability of each row's answer float64 [2P], its number of tokens int64 [2P])."""
-    losses = torch.where(answered, token_losses.view(answered.shape), 0.0)
-    return losses.double().sum(1).neg_(), answered.sum(1)
+def _answers(token_losses: Tensor, answers: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the number of each answer its log-probability, float64 [T], the number of its tokens, int64 [T], and its log-probability in the
+    reference model, float64 [T]; all 0 where there is none.
+    """
+    places = answers.numel()
+    sums = torch.zeros(places + 1, dtype=torch.float64).index_add_(0, answers, token_losses.double())
+    counts = torch.zeros(places + 1, dtype=torch.int64).index_add_(0, answers, torch.ones_like(answers))
+    references = torch.zeros(places + 1, dtype=torch.float64)
+    references[answers] = known[-1].view(-1)
+    return sums[:-1].neg_(), counts[:-1], references[:-1]
 
 
-def rewards(sums: Tensor, counts: Tensor, known: Tensor, loss: str, beta: float) -> Tensor:
-    """What TRL calls the rewards of answers, float64 [2P]: with DPO beta times by how much more likely an answer is than in
+def _likely(labels: Tensor, answers: Tensor) -> Tensor:
+    """Which places count in ORPO's likelihood, bool [T]: those with a label, but for the rejected answers'."""
+    return (labels.view(-1) >= 0) & (answers % 2 == 0)
+
+
+def rewards(sums: Tensor, counts: Tensor, references: Tensor, loss: str, beta: float) -> Tensor:
+    """What TRL calls the rewards of answers, float64 [T]: with DPO beta times by how much more likely an answer is than in
     the reference model, with ORPO beta times its mean log-probability.
     """
     if loss == DPO:
-        return (sums - known).mul_(beta)
+        return (sums - references).mul_(beta)
     return (sums / counts.clamp(min=1)).mul_(beta)
 
 
@@ -105,17 +114,18 @@ def preference_scores(
 ) -> None:
     """What an evaluation counts up, of the arguments of `preference_loss`.
 
-    out: float64 [2P] the log-probability of each answer; float64 [P] each: the part of the loss that is a mean over pairs, the
-    difference of the rewards (of the chosen answer less that of the rejected one), the negative log-likelihood of the chosen row,
-    and the number of its labels, of which ORPO's likelihood is the mean.
+    out: float64 [T] the log-probability of each answer; float64 [T / 2] each: the part of the loss that is a mean over pairs, and the
+    difference of the rewards (of the chosen answer less that of the rejected one); float64 [] each: the negative log-likelihood of the
+    labels of which ORPO's likelihood is the mean, and their number.
     """
     sums, terms, margins, unlikely, tokens = out
-    answer_sums, counts = log_probabilities(token_losses, answer_places(labels, known if loss == ORPO else None))
+    answers = answers_of_places(labels, known)
+    answer_sums, counts, references = _answers(token_losses, answers, known)
     sums.copy_(answer_sums)
-    compared, _ = _compared(answer_sums, counts, known, loss, beta)
+    compared, _ = _compared(answer_sums, counts, references, loss, beta)
     terms.copy_(_terms(compared, loss, beta))
-    scores = rewards(answer_sums, counts, known, loss, beta)
+    scores = rewards(answer_sums, counts, references, loss, beta)
     margins.copy_(scores[0::2] - scores[1::2])
-    labelled = labels[0::2] >= 0
-    unlikely.copy_(torch.where(labelled, token_losses.view(labels.shape)[0::2], 0.0).double().sum(1))
-    tokens.copy_(labelled.sum(1))
+    counted = _likely(labels, answers)
+    unlikely.copy_(torch.where(counted, token_losses, 0.0).double().sum())
+    tokens.copy_(counted.sum())

@@ -158,7 +158,7 @@ def open_batches(path: str, seed: int, *, packing: bool = False, loss: str | Non
     if loss is not None:
         from tightfit.runtime.engine.training.pairs import PairBatches
 
-        return PairBatches(path, seed, loss)
+        return PairBatches(path, seed, loss, packing=packing)
     try:
         with open(path, "rb") as file:
             tensors = FORMAT.encode() in file.read(256)

@@ -152,7 +152,7 @@ class _Run:
         """Compute what DPO compares with, for all pairs that the run sees and whose references are not there yet: the
         log-probabilities of their answers with the adapter switched off. Raises _Stopped on a signal.
         """
-        from tightfit.runtime.engine.training.pairs import PairBatches
+        from tightfit.runtime.engine.training.pairs import PairBatches, pairs_in
 
         training, header, before = self.training, self.header, time.perf_counter()
         own, asked = training.batches, []
@@ -160,7 +160,8 @@ class _Run:
         if not self.alone:
             asked.append((own, header["steps"]))
         if self.held_out is not None:
-            held_out = PairBatches(header["evaluation"], header["seed"], header["preference"]["loss"])
+            loss, packing = header["preference"]["loss"], header["packing"]
+            held_out = PairBatches(header["evaluation"], header["seed"], loss, packing=packing)
             asked.append((held_out, None))
         rows = training.inputs[0].shape[0] // 2
         for batches, _ in asked:
@@ -175,7 +176,7 @@ class _Run:
             for batches, steps in asked:
                 for batch in batches.without_references(steps, rows):
                     training.refer(batches, batch)
-                    done, pairs = done + 1, pairs + len(batch)
+                    done, pairs = done + 1, pairs + len(pairs_in(batch))
                     self.send("referring", done=done, total=sum(due), expected=expected)
                     if self.stopping():
                         if self.found is None:  # the checkpoint that is made now has the state before step 1

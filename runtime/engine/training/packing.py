@@ -1,10 +1,13 @@
-"""Puts several samples into each row of a batch.
+"""Puts several samples into each row of a batch, and of pairs of answers both answers into rows of one batch.
 
 The samples of an epoch come in their shuffled order (`tightfit.runtime.engine.training.records.shuffled`), those of an evaluation
 in the order of the file, and `WAITING` of them wait for a row. A row begins with the one that has waited longest, and is filled
 with the longest that fits, again and again. So each sample comes once in an epoch or an evaluation, and waits for at most
 `WAITING` rows; the last batch may have empty rows. Which samples a step has depends on the samples' lengths, the batch's shape,
 the seed and the step alone; which an evaluation batch has, on lengths, shape and the batch's number.
+
+The two answers of a pair are samples that may lie in any rows of the same batch. Into each batch go the pairs that wait, in their turn,
+if there is still room for both answers, each in the fullest row that has room; so a pair waits for at most `WAITING` batches.
 
 The rows of a batch follow from those before it, which a run that resumes therefore makes again, without reading the samples.
 """
@@ -53,8 +56,8 @@ def rows_of(records: RecordFile, order: Iterable[int]) -> Iterator[list[int]]:
 
 def batches_of_epoch(records: RecordFile, *, batch: int, seed: int, epoch: int) -> Iterator[Rows]:
     """The rows of an epoch, `batch` at a time; the last batch may have fewer."""
-    samples = len(records)
-    return _batches(rows_of(records, (shuffled(turn, samples, seed, epoch) for turn in range(samples))), batch)
+    count = _count(records)
+    return _batches(records, (shuffled(turn, count, seed, epoch) for turn in range(count)), batch)
 
 
 def batches_of_steps(records: RecordFile, *, batch: int, seed: int) -> Iterator[Rows]:
@@ -65,12 +68,55 @@ def batches_of_steps(records: RecordFile, *, batch: int, seed: int) -> Iterator[
 
 def batches_of_evaluation(records: RecordFile, *, batch: int) -> Iterator[Rows]:
     """The rows of an evaluation, `batch` at a time; the last batch may have fewer."""
-    return _batches(rows_of(records, range(len(records))), batch)
+    return _batches(records, range(_count(records)), batch)
 
 
-def _batches(rows: Iterator[list[int]], batch: int) -> Iterator[Rows]:
-    while made := list(islice(rows, batch)):
-        yield made
+def _count(records: RecordFile) -> int:
+    """Samples, or pairs of them."""
+    return len(records) // 2 if records.pairs else len(records)
+
+
+def _batches(records: RecordFile, order: Iterable[int], batch: int) -> Iterator[Rows]:
+    if records.pairs:
+        yield from batches_of_pairs(records, order, batch)
+        return
+    rows = rows_of(records, order)
+    while rows_of_batch := list(islice(rows, batch)):
+        yield rows_of_batch
+
+
+def batches_of_pairs(records: RecordFile, order: Iterable[int], batch: int) -> Iterator[Rows]:
+    """The batches of the pairs whose numbers come in `order`, of at most `batch` rows, two or more."""
+    coming = iter(order)
+    waiting: list[int] = []
+    while waiting := waiting + list(islice(coming, WAITING - len(waiting))):
+        rows: Rows = [[] for _ in range(batch)]
+        room = [records.seq] * batch
+        place = 0
+        while place < len(waiting):
+            if _put_pair(records, waiting[place], rows, room):
+                del waiting[place]
+                waiting += islice(coming, 1)
+            else:
+                place += 1
+        yield [row for row in rows if row]
+
+
+def _put_pair(records: RecordFile, pair: int, rows: Rows, room: list[int]) -> bool:
+    """Put the answers of a pair into the `rows` that have so much `room` left, the longer one first, if there is room for both."""
+    taken = list(room)
+    found = []
+    for length, index in sorted(((records.length(index), index) for index in (2 * pair, 2 * pair + 1)), reverse=True):
+        fitting = [number for number, left in enumerate(taken) if left >= length]
+        if not fitting:
+            return False
+        number = min(fitting, key=taken.__getitem__)
+        taken[number] -= length
+        found.append((number, index))
+    room[:] = taken
+    for number, index in found:
+        rows[number].append(index)
+    return True
 
 
 class SharedRows:

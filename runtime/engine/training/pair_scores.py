@@ -21,15 +21,15 @@ def scores_of(
     kernel: Callable[..., None], losses: Tensor, labels: Tensor, known: Tensor, loss: str, beta: float
 ) -> list[Tensor]:
     """The results of `tightfit.runtime.engine.cpu.preference.preference_scores`, which is `kernel`, for a batch in host memory."""
-    pairs = labels.shape[0] // 2
-    made = [torch.empty(size, dtype=torch.float64) for size in (2 * pairs, pairs, pairs, pairs, pairs)]
+    places = labels.numel()
+    sizes: list[tuple[int, ...]] = [(places,), (places // 2,), (places // 2,), (), ()]
+    made = [torch.empty(size, dtype=torch.float64) for size in sizes]
     kernel(losses, labels, known, loss, beta, out=made)
     return made
 
 
-def answers_of(kernel: Callable[..., None], losses: Tensor, labels: Tensor) -> list[float]:
-    """The log-probability of the answer in each row, from token losses and labels, which are of answers alone."""
-    known = torch.zeros(labels.shape[0], dtype=torch.float64)
+def answers_of(kernel: Callable[..., None], losses: Tensor, labels: Tensor, known: Tensor) -> list[float]:
+    """The log-probability of each answer of a batch, by its number."""
     found: list[float] = scores_of(kernel, losses, labels, known, DPO, 1.0)[0].tolist()
     return found
 
@@ -43,8 +43,8 @@ class PairLoss:
         self.refers = loss == DPO
 
     def weight(self, inputs: Sequence[Tensor]) -> int:
-        """Pairs of the batch: rows of its labels [2 * pairs, seq] that are not all padding, halved."""
-        return int((inputs[1] >= 0).any(1).sum()) // 2
+        """Pairs of the batch, whose answers are numbered."""
+        return (int(inputs[-1][0].max()) + 2) // 2
 
     def of_step(self, losses: Tensor | None, inputs: Sequence[Tensor], samples: int | None) -> dict[str, float]:
         """The share of the pairs in which the chosen answer has the higher reward, and the margin; nothing where the number of
@@ -76,14 +76,14 @@ class PairScores:
     def add_pairs(self, losses: Tensor | None, inputs: Sequence[Tensor], pairs: int) -> None:
         """Add a batch with so many pairs: the losses of its tokens, and its tensors."""
         assert losses is not None
-        made = scores_of(self._kernel, losses, inputs[1], inputs[2], self._loss, self._beta)
-        terms, margins, unlikely, tokens = (one[:pairs] for one in made[1:])
+        made = scores_of(self._kernel, losses, inputs[1], inputs[-1], self._loss, self._beta)
+        _, terms, margins, unlikely, tokens = made
         self._pairs += pairs
-        self._right += int((margins > 0).sum())
-        self._terms += float(terms.sum())
-        self._margins += float(margins.sum())
-        self._unlikely += float(unlikely.sum())
-        self._tokens += float(tokens.sum())
+        self._right += int((margins[:pairs] > 0).sum())
+        self._terms += float(terms[:pairs].sum())
+        self._margins += float(margins[:pairs].sum())
+        self._unlikely += float(unlikely)
+        self._tokens += float(tokens)
 
     def result(self, seconds: float) -> dict[str, Any]:
         pairs = max(1, self._pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from tightfit.runtime.engine.training.executor import Executor
 from tightfit.runtime.engine.training.job import Job, operators_run
 from tightfit.runtime.engine.training.losses import loss_of, loss_of_pairs
 from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
+from tightfit.runtime.engine.training.sample_order import Rows
 from tightfit.runtime.engine.training.session_protocol import Requests
 from tightfit.runtime.engine.training.storage import Storage
 from tightfit.runtime.engine.training.trained_state import TrainedState
@@ -213,20 +214,21 @@ class Training:
         opened.close()
         return self.role.agreed(scores.result(time.perf_counter() - before))
 
-    def refer(self, batches: PairBatches, pairs: Sequence[int]) -> None:
-        """Write the references of a batch of pairs: the log-probabilities of their answers with what is trained now, which is to
+    def refer(self, batches: PairBatches, rows: Rows) -> None:
+        """Write the references of the pairs in the rows of a batch: the log-probabilities of their answers with what is trained now, which is to
         be what `initialise` makes without a given adapter.
         """
         from tightfit.runtime.engine.training.pair_scores import SCORES, answers_of
+        from tightfit.runtime.engine.training.pairs import pairs_in
 
         assert batches.references is not None
         references, batches.references = batches.references, None
-        batches.fill(pairs, self.inputs)
+        batches.fill(rows, self.inputs)
         batches.references = references
         self._forward()
         assert self.executor.losses is not None
-        found = answers_of(self.device.kernels.fused[SCORES], self.executor.losses, self.inputs[1])
-        for place, pair in enumerate(pairs):
+        found = answers_of(self.device.kernels.fused[SCORES], self.executor.losses, self.inputs[1], self.inputs[-1])
+        for place, pair in enumerate(pairs_in(rows)):
             references.put(pair, found[2 * place], found[2 * place + 1])
 
     def initialise(self, *, switched_off: bool = False) -> None:

@@ -46,7 +46,10 @@ def test_every_sample_has_room_and_not_32_positions_more(model, tmp_path):
     positions = len(ids) + 1 - 1  # the end-of-text token follows, and the last token is only predicted
     seq, why = choose_seq(model, data, truncate=False, budget=BUDGET)
     assert seq == -(-positions // STEP) * STEP
-    assert why == f"the longest sample of the data has {positions} positions"
+    assert (
+        why
+        == f"the longest sample of the data has {positions} positions; samples that do not share rows are padded to {seq}"
+    )
     for length, fits in ((seq, True), (positions, True), (positions - 1, False)):
         words = {"seq": length, "vocab_size": 512}
         if fits:

@@ -28,6 +28,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, labels, whole, starts
 
 
+def known_of(starts: torch.Tensor, references: torch.Tensor | None = None) -> torch.Tensor:
+    """What is known of the places of rows whose answers begin at `starts`, one answer to a row."""
+    numbers = torch.arange(len(starts))[:, None].expand(-1, SEQ)
+    answers = torch.where(torch.arange(SEQ) >= starts[:, None], numbers, -1).double()
+    return torch.stack([answers] if references is None else [answers, references[:, None].expand(-1, SEQ)])
+
+
 def own(loss: str, token_losses: torch.Tensor, labels: torch.Tensor, known: torch.Tensor) -> tuple[float, torch.Tensor]:
     made, weights = torch.empty(()), torch.empty(token_losses.shape)
     OPERATORS["tightfit.preference_loss"](token_losses, labels, known, loss, BETA, out=(made, weights))
@@ -43,8 +50,9 @@ def losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_loss_weights_and_scores_are_those_of_trl(loss: str) -> None:
     logits, labels, whole, starts = batch()
-    known = torch.linspace(-9.0, -4.0, 2 * PAIRS, dtype=torch.float64) if loss == "dpo" else starts
-    trl = dpo(logits, labels, known, BETA) if loss == "dpo" else orpo(logits, labels, whole, BETA)
+    references = torch.linspace(-9.0, -4.0, 2 * PAIRS, dtype=torch.float64)
+    known = known_of(starts, references if loss == "dpo" else None)
+    trl = dpo(logits, labels, references, BETA) if loss == "dpo" else orpo(logits, labels, whole, BETA)
     trl["loss"].backward()
     if loss == "orpo":
         labels[0::2] = whole[0::2]
@@ -60,15 +68,21 @@ def test_loss_weights_and_scores_are_those_of_trl(loss: str) -> None:
     for name, value in trl.items():
         assert told[name] == pytest.approx(float(value.detach()), rel=1e-6), name
     assert told["pairs"] == PAIRS
+    # The same where answers lie in any rows, two in each, those of a pair apart.
+    order = torch.tensor([3, 0, 5, 2, 1, 4])
+    shared = [one.view(-1, 2 * SEQ) for one in (token_losses.detach().view(-1, SEQ)[order], labels[order])]
+    packed, packed_weights = own(loss, shared[0].flatten(), shared[1], known[:, order].reshape(len(known), -1, 2 * SEQ))
+    assert packed == pytest.approx(made, rel=1e-6)
+    torch.testing.assert_close(packed_weights.view(-1, SEQ), weights.view(-1, SEQ)[order])
 
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_rows_without_a_pair_change_nothing(loss: str) -> None:
     """As in the last batch of an evaluation."""
     logits, labels, _, starts = batch()
-    known = torch.zeros(2 * PAIRS, dtype=torch.float64) if loss == "dpo" else starts
+    known = known_of(starts, torch.zeros(2 * PAIRS, dtype=torch.float64) if loss == "dpo" else None)
     token_losses = losses_of(logits, labels).detach()
-    two = own(loss, token_losses[: 4 * SEQ], labels[:4], known[:4])
+    two = own(loss, token_losses[: 4 * SEQ], labels[:4], known[:, :4])
     labels[4:] = -100
     three = own(loss, losses_of(logits, labels).detach(), labels, known)
     assert three[0] == two[0]
@@ -78,7 +92,7 @@ def test_rows_without_a_pair_change_nothing(loss: str) -> None:
 
 def test_answers_that_are_certain_have_a_finite_loss() -> None:
     labels = torch.zeros(2, 2, dtype=torch.int64)
-    made, weights = own("orpo", torch.zeros(4), labels, torch.zeros(2, dtype=torch.int64))
+    made, weights = own("orpo", torch.zeros(4), labels, torch.tensor([[[0.0, 0.0], [1.0, 1.0]]], dtype=torch.float64))
     assert made == pytest.approx(BETA * 0.6931472, rel=1e-5)
     assert weights.isfinite().all()
 
