@@ -334,7 +334,7 @@ class DeviceFigures(FrozenRecord):
 
 class Preference(FrozenRecord):
     """The loss of a step whose samples are pairs of answers, one of them chosen, the other rejected. A batch has two rows for each
-    pair (`tightfit.runtime.engine.cpu.preference`).
+    pair without packing (`tightfit.runtime.engine.cpu.preference`).
     """
 
     loss: Literal["dpo", "orpo"]

@@ -12,6 +12,7 @@ from tightfit.planner.problem.device_forward import sent_tensors
 from tightfit.planner.schema import Phase, Plan
 from tightfit.profiles.models.side_shape import CONFIG_KEY
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, POSITIONS, Profile
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS

@@ -81,7 +81,7 @@ def test_little_of_the_rows_is_padding_and_the_report_says_so(
     with console.capture() as captured:
         console.print(report_text(packed | {"packing": {"on": False, "refused": "its code takes no positions"}}))
     assert "samples/s" in captured.get()
-    assert "one sample each: its code takes no positions" in captured.get()
+    assert "one sample each, padded to the length of the plan: its code takes no positions" in captured.get()
     with pytest.raises(
         InputError, match=r"made without samples that share rows \(--no-packing\); resume with the same"
     ):
