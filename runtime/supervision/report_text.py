@@ -115,7 +115,7 @@ def _memory_table(report: dict[str, Any]) -> Table:
     several = len(processes) > 1
     figures = [("peak of its processes" if several else "peak of the process", report["peak_bytes"])]
     figures += [(f"– {name}", figure) for name, figure in processes.items() if several]
-    if saved := report["phases"].get("checkpoint", {}).get("peak_bytes"):
+    if saved := report.get("phases", {}).get("checkpoint", {}).get("peak_bytes"):  # an evaluation has no phases
         figures.append(("– training, until a checkpoint was saved", saved))
     figures = [*(report.get("stage_bytes") or {}).items(), *figures]
     for name, figure in figures:
