@@ -20,7 +20,7 @@ from tightfit.planner.report.explanation import (
     account,
     has_phases,
 )
-from tightfit.planner.report.summary import expected_words, rehearsal_words
+from tightfit.planner.report.step_words import expected_words, rehearsal_words
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.profiles.models.decoder_config import handwritten
-from tightfit.profiles.sources.vocabulary import TOKENIZER, WORDS, TokenizerFile, Vocabulary
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
+from tightfit.profiles.sources.vocabulary import TOKENIZER, WORDS, Vocabulary
 from tightfit.profiles.weights.source import BUNDLE, FORMS, Source, config_name, read_config
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tightfit.profiles.sources.gguf_metadata import read_with_digest
-from tightfit.profiles.sources.vocabulary import TOKENIZER, TokenizerFile
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
+from tightfit.profiles.sources.vocabulary import TOKENIZER
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, kept, open_regular, write_whole
 from tightfit.runtime.common.strict_json import from_json

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tightfit.profiles.sources.vocabulary import TokenizerFile, Vocabulary
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
+from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.worker_process import Progress, run_worker, work
 from tightfit.runtime.common.errors import CapError
 from tightfit.runtime.common.interpreter import command, python_path

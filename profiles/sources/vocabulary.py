@@ -1,5 +1,4 @@
-"""Defines `Vocabulary`: a model's tokenizer, chat templates and special tokens, whatever file they were read from, and `TokenizerFile`,
-which says where they lie.
+"""Defines `Vocabulary`: a model's tokenizer, chat templates and special tokens, whatever file they were read from.
 
 The library `tokenizers` is not imported here: most processes that know of a vocabulary do not hold it.
 """
@@ -9,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tightfit.runtime.common.errors import InputError, TightfitError
 
@@ -41,26 +39,6 @@ class Vocabulary:
     def token_id(self, token: str | None) -> int | None:
         number: int | None = None if token is None else self.tokenizer.token_to_id(token)
         return number
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
-    """Where a model's tokenizer lies."""
-
-    kind: Literal["directory", "bundle", "gguf"]
-    path: str
-    """of the GGUF file, or of the folder that has tokenizer.json"""
-
-    def vocabulary(self) -> Vocabulary | None:
-        """Load the tokenizer into this process; None if it is gone. Raises InputError for a damaged one."""
-        path = Path(self.path)
-        if self.kind == "gguf":
-            from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
-
-            return gguf_vocabulary(path)
-        from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary, read_vocabulary
-
-        return read_vocabulary(path) if self.kind == "bundle" else directory_vocabulary(path)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tightfit.planner.report.summary import rehearsal_words
+from tightfit.planner.report.step_words import rehearsal_words
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.profiles.weights.source import BUNDLE

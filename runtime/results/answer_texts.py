@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_process import with_tokenizer, work_with_tokenizer
-from tightfit.profiles.sources.vocabulary import TokenizerFile, Vocabulary
+from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.worker_process import Progress
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled

@@ -22,8 +22,8 @@ from tightfit.profiles.models.answer_steps import INSTEAD, Answers
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve_traced, tokenizer_file
 from tightfit.profiles.sources.packing import packed_store
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_memory import KnownMemory
-from tightfit.profiles.sources.vocabulary import TokenizerFile
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import held_bytes, predicted_bytes
 from tightfit.runtime.common.errors import InfeasibleError, InputError

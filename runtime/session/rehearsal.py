@@ -23,7 +23,7 @@ import numpy.typing as npt
 from tightfit.planner.instructions import Accumulate, Fetch, Instruction, Perturb, Read, Run, Spill, Unpack, Update
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.problem.optimizers import chosen
-from tightfit.planner.report.summary import rehearsal_words
+from tightfit.planner.report.step_words import rehearsal_words
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.search_options import SOLVER, PlanOptions
 from tightfit.planner.simulation.plan_index import PlanIndex

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tightfit.profiles import worker_process
 from tightfit.profiles.sources.lookup import tokenizer_file
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_memory import KnownMemory
 from tightfit.profiles.sources.tokenizer_process import WORK_BYTES
-from tightfit.profiles.sources.vocabulary import TOKENIZER, TokenizerFile, refusals
+from tightfit.profiles.sources.vocabulary import TOKENIZER, refusals
 from tightfit.profiles.worker_process import held_bytes
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.tokenizing import longest_samples

@@ -20,8 +20,8 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Floor
+from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_memory import KnownMemory
-from tightfit.profiles.sources.vocabulary import TokenizerFile
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.data.samples import Text, read_samples
 from tightfit.runtime.engine.start import page_out
