@@ -122,5 +122,5 @@ def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 def read_vocabulary(folder: Path) -> Vocabulary:
     """What `write_vocabulary` has written. Raises InputError for damaged files."""
     words = _json(folder / WORDS)
-    with refusals(f"{folder}: its vocabulary is damaged", "copy or prepare the folder again"):
+    with refusals(f"{folder}: its vocabulary is damaged", "make the bundle again, or copy the folder again"):
         return Vocabulary(tokenizer=library_tokenizer(folder), **words)

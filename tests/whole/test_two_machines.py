@@ -152,7 +152,7 @@ def train() -> str:
 
 
 def answer() -> str:
-    return documented("small-device.md", "tightfit generate MODEL.gguf")
+    return documented("small-device.md", "tightfit generate MODEL.gguf --adapter")
 
 
 def test_what_the_page_tells_is_what_happens(trial: Trial) -> None:
