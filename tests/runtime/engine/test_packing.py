@@ -34,6 +34,8 @@ LENGTHS = st.lists(st.integers(1, 24), min_size=1, max_size=200)
 class Lengths:
     """Stands for a record file."""
 
+    pairs = False
+
     def __init__(self, lengths, seq):
         self.seq, self.lengths = seq, lengths
 
