@@ -18,7 +18,7 @@ from tightfit.planner.service.jobs.running import _command
 from tightfit.planner.service.wire.forms import forms
 from tightfit.planner.service.wire.requests import ComparisonRequest, PlanRequest, ProfileRequest, RunRequest
 from tightfit.planner.service.wire.schema import DIGEST
-from tightfit.profiles.schema import ANSWER_INPUTS, OPTIMIZER_STATES
+from tightfit.profiles.schema import ANSWER_PLANES, OPTIMIZER_STATES
 from tightfit.profiles.steps.step import DTYPES
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.main import app
@@ -74,7 +74,7 @@ def test_every_option_of_a_command_is_a_field_of_its_request(command: Any, reque
 
 @pytest.mark.parametrize(
     ("form", "name", "known"),
-    [("step", "optimizer", OPTIMIZER_STATES), ("profile", "loss", ANSWER_INPUTS), ("profile", "dtype", DTYPES)],
+    [("step", "optimizer", OPTIMIZER_STATES), ("profile", "loss", ANSWER_PLANES), ("profile", "dtype", DTYPES)],
 )
 def test_choices_are_those_that_there_are(form: str, name: str, known: Any) -> None:
     choices = next(one for one in forms()[form] if one["name"] == name)["choices"]
