@@ -127,6 +127,8 @@ class SearchOptions:
     """small graphs with a disk solved exactly by CP-SAT"""
     chains: bool = True
     """the optimal checkpoints of a chain as a starting point"""
+    sweep: bool = True
+    """a sweep that evicts what is read farthest ahead as a starting point"""
     ruin_and_recreate: bool = True
     """random re-runs of a schedule taken back and others put in their place"""
     cuts: bool = True

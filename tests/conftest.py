@@ -23,6 +23,7 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from tightfit.planner.io import load_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.profiles.api import load_profile, profile, save_profile
+from tightfit.profiles.measuring import cpu_load
 from tightfit.runtime.cli import main
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -37,6 +38,8 @@ settings.load_profile("tightfit")
 # Operators of tiny models spend their time waiting for a second thread, and two files of tests share two cores. Runs have the
 # threads of their plans, in processes of their own.
 torch.set_num_threads(1)
+
+cpu_load.WAIT_SECONDS = 0.0  # the file that is tested beside this one would be waited for
 
 LONGEST = (
     "whole/test_demo_model",

@@ -9,9 +9,15 @@ from tightfit.planner.graphs.problem.actions import Carried, carry
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes, pruned, seconds
 from tightfit.planner.graphs.search.baselines import RULES, rules_for
+from tightfit.planner.graphs.search.belady import belady_schedule
 from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
 from tightfit.planner.graphs.search.subproblem import Lowest, lowest_peak
 from tightfit.planner.search_options import ALL, SearchOptions
+
+SWEPT = 0.5
+"""a search starts from a sweep (`belady`) only if that leaves at most this share of keep-all's excess over the budget:
+otherwise it helps little and takes time
+"""
 
 
 class ProvenPeaks:
@@ -50,6 +56,8 @@ class Incumbents:
         """whether no time limit ended any search that the schedules come from"""
         for rule in rules_for(dag):
             self.note(RULES[rule](dag))
+        if options.sweep:
+            self.note(belady_schedule(dag, dag.floor_bytes))
 
     # --- schedules -------------------------------------------------------------------------------------------------
 
@@ -85,7 +93,13 @@ class Incumbents:
     # --- where searches start --------------------------------------------------------------------------------------
 
     def seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Schedules to start from: the fastest that fits, fixed rules, and a chain's optimal checkpoints."""
+        """Schedules to start from: the fastest that fits, fixed rules, a sweep (`belady`), and a chain's optimal
+        checkpoints.
+        """
+        seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
+        sweep = belady_schedule(self.dag, budget) if self.options.sweep else frozenset()
+        if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.peaks[frozenset()] - budget):
+            seeds.append(sweep)
         chain = as_chain(self.dag)
         if chain is not None and self.options.chains:
             half = (time.monotonic() + deadline) / 2
@@ -93,7 +107,7 @@ class Incumbents:
                 self.note(checkpoints(self.dag, chain, budget, late=lambda: time.monotonic() > half) or ())
             except TimeoutError:
                 self.ended(False)
-        return [self.fastest(budget), *(RULES[rule](self.dag) for rule in rules_for(self.dag))]
+        return [self.fastest(budget), *seeds]
 
     def lowest_peak(self, seconds: float) -> Lowest:
         """The lowest peak, as far as `seconds` suffice, its schedule noted."""

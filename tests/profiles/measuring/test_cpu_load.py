@@ -81,6 +81,7 @@ class Machine:
 
     def __init__(self, monkeypatch, busy_for):
         self.now, self.said, self.shown = 0.0, [], []
+        monkeypatch.setattr(cpu_load, "WAIT_SECONDS", 60.0)
         monkeypatch.setattr(cpu_load, "_now", lambda: self.now)
         monkeypatch.setattr(cpu_load, "taken_now", lambda threads, seconds=0.3: self.look(seconds, busy_for))
         cpu_load.wait_for_cores(2, self.said.append, lambda *progress: self.shown.append(progress))
