@@ -200,7 +200,3 @@ class Bundle(FrozenRecord):
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in PLACES}
-
-
-def is_bundle(folder: Path) -> bool:
-    return (folder / BUNDLE).is_file()

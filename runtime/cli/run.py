@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tightfit.profiles.option_fields import PRIMARY
 from tightfit.profiles.worker_process import held_bytes, predicted_bytes
 from tightfit.runtime.cli.options import Cgroup, Debug, Json, read, with_options
 from tightfit.runtime.cli.phase_memory import PREPARING, expect_phase
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer, with_stages
 from tightfit.runtime.supervision.report_text import report_text
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tightfit.runtime.supervision.training_process import RunOrder
 
 PREPARED_RUN = "preparing the run"
-FLEET = re.compile(rb'"kind": ?"(data parallel|pipeline|mobillm|(split )?federated)"')
-"""matches near the start of a fleet's plan"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +40,7 @@ NOTHING = Earlier()
 @with_options(RunOptions)
 def run(
     context: typer.Context,
-    plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="A plan.json; under torchrun, the folder of a fleet's plan.")
-    ],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     data: Annotated[
         str,
         typer.Option(
@@ -87,33 +83,18 @@ def run(
     training.check_end()
     from tightfit.planner.io import load_plan
 
-    if context.obj and not is_fleet_plan(plan):
+    if plan.is_dir():
+        raise InputError(
+            f"{plan} is a folder, not a plan.json; where it is the plan of a fleet, `tightfit fleet run {plan} ...` runs it"
+        )
+    if context.obj:
         expect_phase(PREPARED_RUN, PREPARING, [plan])
-    if is_fleet_plan(plan):
-        from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
-        from tightfit.runtime.session.fleet import from_torchrun, member_options
-
-        fleet = load_any(plan)
-        member = from_torchrun(fleet, key_path(plan))
-        loaded, training = load_member_plan(plan, fleet, member.name), member_options(training, fleet, member)
-    else:
-        loaded = load_plan(plan)
+    loaded = load_plan(plan)
     earlier = Earlier(
         stages=stages,
         stage_bytes=None if held is None else json.loads(held),  # noqa: TID251  written by `tightfit train`
     )
     carry_out(loaded, data, training, as_json=as_json, debug=debug, replace=bool(context.obj), earlier=earlier)
-
-
-def is_fleet_plan(plan: Path) -> bool:
-    """Whether a path leads to the plan of a fleet: its folder, or the file in it."""
-    if plan.is_dir():
-        return True
-    try:
-        with plan.open("rb") as file:
-            return FLEET.search(file.read(1 << 10)) is not None
-    except OSError:
-        return False
 
 
 def carry_out(

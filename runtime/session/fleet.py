@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,28 +165,3 @@ def _busy(member: Member | StageMember | SideMember) -> float:
     """Seconds that a member computes for each micro-batch."""
     recomputing = (member.forward_seconds or 0.0) if isinstance(member, StageMember) and member.ahead else 0.0
     return (member.micro_batch_seconds or 0.0) + recomputing
-
-
-def from_torchrun(fleet: AnyStepFleet, key: Path, environment: Mapping[str, str] = os.environ) -> Membership:
-    """The membership of the process that ``torchrun`` has started: its rank is the place in the chain.
-
-    Raises InputError where ``torchrun`` did not start it, or starts another number of processes.
-    """
-    names = [member.name for member in fleet.chain]
-    count = len(names)
-    if "RANK" not in environment:
-        raise InputError(
-            "this is the plan of a fleet: start all members here with `tightfit fleet run`, one of them with its `--member`,"
-            f" or all with `torchrun --nproc-per-node {count} --no-python tightfit run ...`"
-        )
-    rank, size = int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1"))
-    if size != count:
-        raise InputError(
-            f"torchrun starts {size} processes and {count} members of the fleet compute: {', '.join(names)}"
-        )
-    member = membership(fleet, names[rank], environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), key)
-    if member.seat is None:
-        return member
-    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return replace(member, seat=replace(member.seat, agent=agent, attempt=attempt))

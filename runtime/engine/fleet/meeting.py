@@ -108,11 +108,8 @@ class Meeting:
         self._said = time.monotonic()
         self._strangers: set[str] = set()
 
-    def meet(
-        self, address: str, port: int, found: Callable[[], tuple[str, int] | None] | None = None
-    ) -> dict[int, PeerConnections]:
-        """Meet the others at the hub's address. `found` looks the address up, where the hub says it elsewhere; the hub
-        listens at `address` in any case.
+    def meet(self, address: str, port: int) -> dict[int, PeerConnections]:
+        """Meet the others at `address`, where the hub listens.
 
         Raises InputError for an address that cannot be, RunError where somebody does not come in time or has another key,
         and where this process is asked to end meanwhile.
@@ -122,7 +119,7 @@ class Meeting:
                 if self.rank == self.hub:
                     self._gather(address, port)
                 else:
-                    self._come(address, port, found)
+                    self._come(address, port)
             return self.links
         except BaseException as error:
             if self.rank == self.hub:  # it alone knows who has not come
@@ -221,7 +218,7 @@ class Meeting:
             links = self.links.setdefault(rank, PeerConnections()) if rank in awaited else PeerConnections()
             why = ""
             if told["plan"] != self.plan:
-                why = "it runs another plan of the fleet, or another start of it; copy the plan's folder again"
+                why = "it runs another plan of the fleet; copy the plan's folder again"
             elif rank not in awaited:
                 why = "nobody waits for it here"
             elif kind in links.sockets and not _ended(links.sockets[CONTROL]):
@@ -238,18 +235,11 @@ class Meeting:
 
     # --- the members that dial --------------------------------------------------------------------------------------
 
-    def _come(self, address: str, port: int, found: Callable[[], tuple[str, int] | None] | None) -> None:
+    def _come(self, address: str, port: int) -> None:
         hub, last = self.hub, len(self.members) - 1
         below = [rank for rank in range(self.rank) if rank != hub]
         above = [rank for rank in range(self.rank + 1, last + 1) if rank != hub]
-        while True:
-            place = found() if found else (address, port)
-            why = "it has not said yet where it listens"
-            if place:
-                why = self._dial(hub, *place, listens=bool(above))
-                if not why:
-                    break
-            address, port = place or (address, port)
+        while why := self._dial(hub, address, port, listens=bool(above)):
             self._look(f"did not reach {self.members[hub]!r} at {address}:{port} ({why})", self._names([hub]))
             time.sleep(LOOK_SECONDS)
         places = self._places()

@@ -36,10 +36,6 @@ class Seat:
     """path of the file with the key by which the members know each other"""
     plan: str = ""
     """fingerprint of the fleet's plan"""
-    agent: bool = False
-    """whether ``torchrun`` has opened the store at which the members meet"""
-    attempt: int = 0
-    """how often ``torchrun`` has started the members again"""
     listens: int = 0
     """place in the chain of the member that listens where they meet"""
 
@@ -62,8 +58,6 @@ class Seat:
             key=read_key(self.key),
             timeout=self.timeout,
             plan=self.plan,
-            agent=self.agent,
-            attempt=self.attempt,
             listens=self.listens,
             stopping=stopping,
             say=say,

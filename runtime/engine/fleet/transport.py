@@ -162,14 +162,11 @@ class Transport:
         key: bytes,
         timeout: float,
         plan: str = "",
-        agent: bool = False,
-        attempt: int = 0,
         listens: int = 0,
         stopping: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Meet the other members at `address`, where the member `listens` does; or with `agent` where that one tells the
-        store of ``torchrun``'s agent, which is at `address`. `attempt` counts the starts by that agent.
+        """Meet the other members at `address`, where the member `listens` does.
 
         `key` and `plan` have to be the same for all. `timeout` is in seconds: how long to wait for the others to appear, and
         later for a sign of life and for a message to get on. Raises RunError where they do not meet, and where `stopping` says
@@ -183,14 +180,8 @@ class Transport:
         self._asked: float | None = None
         """when this process was first found to be asked to end"""
         self._lock, self._speaking, self._hung_up = threading.Lock(), threading.Lock(), threading.Event()
-        meeting = Meeting(
-            members, rank, listens, key, timeout=timeout, plan=f"{plan}/{attempt}", stopping=stopping, say=say
-        )
-        found = None
-        if agent and len(members) > 1:
-            found = _agent(address, port, attempt, meeting if rank == listens else None)
-            address, port = (_own_address(address, port), 0) if rank == listens else (address, port)
-        links = meeting.meet(address, port, found)
+        meeting = Meeting(members, rank, listens, key, timeout=timeout, plan=plan, stopping=stopping, say=say)
+        links = meeting.meet(address, port)
         self._peers = {other: _Peer(members[other], links[other]) for other in sorted(links)}
         self._living = threading.Thread(target=self._live, name="tightfit-fleet", daemon=True)
         self._living.start()
@@ -409,42 +400,3 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, which has to outlive them."""
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-
-
-def _own_address(address: str, port: int) -> str:
-    """This machine's address on the way to another."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, port))  # sends nothing: it looks up the route
-            return str(probe.getsockname()[0])
-        except OSError as error:
-            raise RunError(f"there is no way from here to {address}: {error.strerror}; give another address") from error
-
-
-def _agent(address: str, port: int, attempt: int, meeting: Meeting | None) -> Callable[[], tuple[str, int] | None]:
-    """Where the members meet that ``torchrun`` has started: the first of them says it in the store of its agent, where the
-    others look. `meeting`: of the first one, which listens from now on.
-    """
-    from datetime import timedelta
-
-    import torch
-
-    if not hasattr(torch._C, "_distributed_c10d"):
-        torch._C._c10d_init()
-    c10d: Any = torch._C._distributed_c10d
-    try:
-        store = c10d.TCPStore(address, port, 1, False, timedelta(seconds=30), wait_for_workers=False)
-    except RuntimeError as error:
-        raise RunError(f"torchrun's store at {address}:{port} does not answer: {str(error)[:200]}") from None
-    name = f"tightfit/{attempt}/place"
-    if meeting:
-        own = _own_address(address, port)
-        store.set(name, f"{own} {meeting.listen(own, 0)}")
-
-    def found() -> tuple[str, int] | None:
-        if not store.check([name]):
-            return None
-        host, _, number = store.get(name).decode().rpartition(" ")
-        return host, int(number)
-
-    return found

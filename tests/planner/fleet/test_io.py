@@ -12,7 +12,6 @@ from tightfit.planner.fleet.io import key_path, load_any, load_member_plan, save
 from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.io import load_plan
-from tightfit.runtime.cli.run import is_fleet_plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.transport import read_key
 
@@ -75,9 +74,6 @@ def test_where_one_devices_plan_is_wanted_a_fleets_is_called_what_it_is(folder, 
     path.write_bytes(rewritten(lambda content: content.update(kind=kind))(path.read_bytes()))
     with pytest.raises(InputError, match=rf"the plan of a fleet \({kind}\), not of one device; `{command} "):
         load_plan(path)
-    for separators in ((",", ":"), (", ", ": ")):
-        path.write_text(json.dumps(json.loads(path.read_text()), separators=separators))
-        assert is_fleet_plan(path)
 
 
 def test_files_are_read_without_the_solver():

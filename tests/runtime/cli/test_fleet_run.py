@@ -1,4 +1,4 @@
-"""`tightfit fleet run` and `status`, and a fleet under torchrun: real processes on this machine."""
+"""`tightfit fleet run`: real processes on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -114,19 +113,6 @@ def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):
     assert reports[0]["evaluation"]["after"]["loss"] == reports[1]["evaluation"]["after"]["loss"]
     for report in reports:
         assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"] + (1 << 20)
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_fleet(folder, tmp_path):
-    """The rank is the place in the chain; the members meet at the agent's store."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    words += command("tightfit.runtime.cli.main", "run", str(folder / "plan"), *TRAINING, "-o", str(tmp_path / "out"))
-    environment = os.environ | {"PYTHONPATH": python_path()}
-    found = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
 
 
 @pytest.mark.slow
