@@ -66,6 +66,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: s
     assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_measured_tile_is_that_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiled twice it is the same profile, that of the size that was found to be fast; the command says which."""
     monkeypatch.setattr(tile_rates, "smallest_fast", lambda rates: sorted(rates)[1])
@@ -73,6 +74,10 @@ def test_a_measured_tile_is_that_of_its_size(tmp_path: Path, monkeypatch: pytest
     assert tile_tokens(measured) == 128
     assert profiled(tmp_path, 128).fingerprint == measured.fingerprint
     assert profiled(tmp_path, 0).fingerprint == measured.fingerprint
+
+
+def test_where_a_tile_cannot_be_measured_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(InputError, match="give the tokens of a tile"):
         profile(str(tmp_path / "config.json"), batch=BATCH, seq=SEQ, tile=0, device="zen5-2core")
     with pytest.raises(InputError, match="the two answers of a pair"):

@@ -351,7 +351,7 @@ def griewank(steps, slots):
     return repeats * steps - comb(slots + repeats, repeats - 1) if repeats else 0
 
 
-@pytest.mark.slow_but_for("11", "24")
+@pytest.mark.slow_but_for("11", "12")
 @pytest.mark.parametrize("steps", [*range(2, 13), 16, 24, 32, 48, 64])
 def test_unit_chains_meet_the_closed_form(steps):
     profile = graph_of(unit_chain(steps))

@@ -105,6 +105,7 @@ def test_an_adapter_s_settings_are_traced_and_its_folder_stays_unknown(served, t
     assert step.model.lora["rank"] == 3
 
 
+@pytest.mark.slow
 def test_a_decoder_of_transformers_needs_none_on_the_device(served, tmp_path):
     """What its checkpoint calls its tensors is sent; what the decoder consists of comes back, and is enough to open the model."""
     pytest.importorskip("transformers")

@@ -46,7 +46,7 @@ def tiles_of(traced: Trace) -> dict[str, int]:
     return {layer.name: programs[layer.program] for layer in traced.layers}
 
 
-@pytest.mark.slow_but_for("llama-two rows", "gemma3_text-half a row")
+@pytest.mark.slow_but_for("gemma3_text-half a row")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
 def test_float32_loss_and_lora_gradients_match_autograd(
@@ -83,7 +83,7 @@ def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
             assert relative_error(own[name], gradient) < 1e-4, name
 
 
-@pytest.mark.slow_but_for("dora")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [LoraConfig(rank=4, dora=True), LoraConfig(rank=4, modules_to_save=("embed_tokens", "lm_head"))],

@@ -110,7 +110,8 @@ def seconds_of(factor):
     return lambda operator: 2e-5 * factor * (1 + 0.1 * (len(operator.target) % 7))
 
 
-@pytest.mark.parametrize(("factor", "channel"), [(1.7, CHANNEL), (1.4, SLOWER)], ids=str)
+@pytest.mark.slow_but_for("slower disk")
+@pytest.mark.parametrize(("factor", "channel"), [(1.7, CHANNEL), (1.4, SLOWER)], ids=["cores", "slower disk"])
 def test_after_one_rehearsal_the_model_has_the_seconds_of_the_machine(tmp_path, factor, channel):
     """At the budget that was rehearsed, and about so at others that were not."""
     bare = decoder_profile(tmp_path, config=CONFIG | {"num_hidden_layers": 6})
