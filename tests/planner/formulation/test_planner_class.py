@@ -17,6 +17,7 @@ from tightfit.planner.problem.layer_figures import KIB
 from tightfit.planner.schedule.column_bytes import live_bytes
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import draft, live_profile, tensor_decisions
+from tightfit.planner.search_options import SearchOptions
 
 SEEDS = [4, 12, 13, 20, 23, 25, 30, 40, 41, 60, 62, 65, 72, 76, 77, 79, 91, 95]
 """chains with at most some thousand combinations"""
@@ -55,6 +56,18 @@ def test_the_optimum_is_the_best_of_all(tried):
         assert plan.step_seconds >= best * (1 - 1e-9)
         if plan.status == "optimal":
             assert plan.step_seconds == pytest.approx(best, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("seed", [13, 23])
+def test_the_bound_of_columns_is_near_the_best_of_all_and_never_above(seed):
+    """As larger models are planned: from columns, without one program for all layers."""
+    profile = small_chain(seed, on=device(**INSTANT))
+    everything = list(Chain(profile).all())
+    planner = ModelPlanner(profile, SearchOptions(one_program=False))
+    peaks = sorted({peak for peak, _ in everything})
+    for budget in (peaks[len(peaks) // 4], peaks[len(peaks) // 2]):
+        best = min(seconds for peak, seconds in everything if peak <= budget)
+        assert 0.99 * best <= planner.plan(budget).bound_seconds <= best * (1 + 1e-9)
 
 
 def test_most_small_plans_are_optimal():
