@@ -8,14 +8,12 @@ from brute_graph import random_graph
 from changed_operators import with_operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layered_graph import layered
 from synthetic import decoder_like, small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.profiles.graph_input import graph_profile
 
 SMALL = settings(max_examples=40, derandomize=True)
 FEW = settings(max_examples=3, derandomize=True)
@@ -55,14 +53,6 @@ def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
     check_larger_budgets(ModelPlanner(profile), profile, shares)
 
 
-@pytest.mark.slow
-@given(tokens=st.sampled_from([32, 64, 128]), slices=st.integers(2, 4), share=st.floats(0, 1))
-@FEW
-def test_tiny_decoders_at_larger_budgets(tokens, slices, share):
-    profile = decoder_like(1, tokens=tokens, hidden=96, ffn=192, slices=slices)
-    check_larger_budgets(ModelPlanner(profile), profile, [share, 1.0])
-
-
 @pytest.fixture(scope="module")
 def moving():
     """A plan that reads, spills and computes again."""
@@ -97,29 +87,3 @@ def test_a_plan_on_a_better_device_is_never_slower(moving, reads, writes, waits,
         }
     )
     assert simulate(told).step_seconds <= moving.step_seconds * (1 + 1e-9)
-
-
-@pytest.mark.slow
-@given(speed=st.lists(st.floats(1, 100), min_size=40, max_size=40), room=st.integers(0, 1 << 40))
-@SMALL
-def test_a_bare_plan_with_faster_operators_is_never_slower(layered_plan, speed, room):
-    program = layered_plan.programs[0]
-    operators = [
-        op.model_copy(update={"seconds": op.seconds / s}) for op, s in zip(program.operators, speed, strict=True)
-    ]
-    told = layered_plan.model_copy(
-        update={
-            "programs": [program.model_copy(update={"operators": operators})],
-            "budget_bytes": layered_plan.budget_bytes + room,
-        }
-    )
-    assert simulate(told).step_seconds <= layered_plan.step_seconds * (1 + 1e-9)
-
-
-@pytest.fixture(scope="module")
-def layered_plan():
-    """Forty operators, some of which run again."""
-    planner = GraphPlanner(graph_profile(layered(40, training=True)))
-    made = planner.plan(int(0.7 * planner.plan(1 << 45, policy="keep-all").peak_bytes), time_limit=3)
-    assert made.train.recompute_seconds > 0
-    return made

@@ -216,7 +216,7 @@ def test_a_plan_says_which_optimizer_updates() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "limit"), [("lion", None), ("adafactor", None), ("sgd", 1.0), (None, 1.0)])
+@pytest.mark.parametrize(("name", "limit"), [("lion", None), ("sgd", 1.0), (None, 1.0)])
 def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
     name: str | None, limit: float | None
 ) -> None:
@@ -244,7 +244,6 @@ def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
         update_words(found.plans[0])
         == {
             ("lion", None): "lion",
-            ("adafactor", None): "adafactor",
             ("sgd", 1.0): "sgd, gradients clipped to a norm of 1",
             (None, 1.0): "gradients clipped to a norm of 1",
         }[name, limit]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layered_graph import layered
-from synthetic import MIB, PAGE, REAL, decoder_like, device, small_chain
+from synthetic import MIB, REAL, decoder_like, device, small_chain
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan, planner_of
@@ -31,27 +31,6 @@ def decoder():
     return ModelPlanner(decoder_like(2, tokens=256, slices=3, on=device(**REAL)))
 
 
-@pytest.mark.slow
-def test_from_the_minimum_to_keep_all(decoder):
-    smallest = decoder.minimum(time_limit=600).peak_bytes
-    largest = decoder.plan(1 << 40, policy="keep-all").peak_bytes
-    assert smallest < largest
-    before = None
-    for share in (0.0, 0.3, 1.0):
-        budget = int(smallest + share * (largest - smallest))
-        made = decoder.plan(budget)
-        assert made.status in {"optimal", "feasible"}
-        assert made.peak_bytes <= budget
-        assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds
-        assert made.gap == pytest.approx((made.step_seconds - made.bound_seconds) / made.step_seconds)
-        assert simulate(made).step_seconds == made.step_seconds
-        assert before is None or made.step_seconds <= before * 1.002
-        before = made.step_seconds
-    assert made.step_seconds == pytest.approx(made.bound_seconds, rel=1e-3)
-    assert made.train.recompute_seconds == 0
-    assert decoder.plan(smallest - 1).status == "infeasible"
-
-
 @pytest.mark.slow_but_for("checkpoint-layers", "keep-all", "checkpoint-sqrt", "mebp")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_fragmentation_is_small(decoder, policy):
@@ -60,7 +39,7 @@ def test_fragmentation_is_small(decoder, policy):
 
 
 @pytest.mark.slow_but_for("keep-all")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["keep-all", "checkpoint-sqrt", "mebp"])
 def test_policies_are_plans_of_the_same_kind_and_never_faster(decoder, policy):
     made = decoder.plan(1 << 40, policy=policy)
     assert (made.policy, made.status) == (policy, "feasible")
@@ -116,19 +95,6 @@ def test_any_chain_at_any_budget(seed, layers, share):
         if other.status != "infeasible":
             assert made.bound_seconds <= other.step_seconds * (1 + 1e-9)
             assert made.any_schedule_bound_seconds <= other.step_seconds * (1 + 1e-9)
-
-
-@pytest.mark.slow
-@given(seed=st.integers(0, 100_000))
-@settings(max_examples=2, derandomize=True)
-def test_a_larger_budget_is_never_slower(seed):
-    profile = small_chain(seed, layers=3)
-    smallest = minimum_budget(profile)
-    budgets = [smallest + step * 2 * PAGE for step in range(4)]
-    told = compare(profile, budgets, ["solver"])
-    seconds = [told.plan(budget, "solver").step_seconds for budget in budgets]
-    assert seconds == sorted(seconds, reverse=True)
-    assert all(told.plan(budget, "solver").peak_bytes <= budget for budget in budgets)
 
 
 def test_below_the_floor():

@@ -54,7 +54,7 @@ def drawn(seed):
     return draw, paces
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_no_other_way_to_share_steps_out_ends_sooner(seed):
     draw, paces = drawn(seed)
     steps = draw.randint(1, 9)
@@ -65,7 +65,7 @@ def test_no_other_way_to_share_steps_out_ends_sooner(seed):
     assert makespan_of(paces, taken) == pytest.approx(min(makespan_of(paces, way) for way in ways), rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(100, 120))
+@pytest.mark.parametrize("seed", range(100, 110))
 def test_an_integer_program_finds_nothing_shorter(seed):
     draw, paces = drawn(seed)
     unit = draw.choice([1, 2, 5])

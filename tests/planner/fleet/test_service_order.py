@@ -29,7 +29,7 @@ def every(ways):
             yield makespan(served(ways, [(device, chosen[device]) for device in order]))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_no_order_and_no_ways_end_sooner(seed):
     ways = drawn(seed, most=6 if seed % 2 else 4, ways=1 if seed % 2 else 3)
     found, best = best_order(ways, 20.0), min(every(ways))
@@ -40,7 +40,7 @@ def test_no_order_and_no_ways_end_sooner(seed):
     assert found.served == served(ways, [(one.device, one.way) for one in found.served])
 
 
-@pytest.mark.parametrize("seed", range(100, 160))
+@pytest.mark.parametrize("seed", range(100, 120))
 def test_no_order_undercuts_jacksons_bound(seed):
     ways = drawn(seed, most=5)
     jobs = [own[0] for own in ways]

@@ -103,9 +103,9 @@ def test_of_equal_members_the_ends_are_first_and_every_budget_has_its_turn(count
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [100, 1000])
-def test_rounds(crowd, solves, count):
+def test_rounds(crowd, solves):
     """Those that were not planned have the plans of others."""
+    count = 1000
     devices = crowd(count)
     fleet, plans = plan_federated(devices, 4 * count, flower_bytes=FLOWER, start_seconds=0.1, time_limit=NONE)
     assert solves == {"AlonePlans": ALWAYS}
@@ -135,9 +135,8 @@ def test_rounds_of_devices_that_nobody_could_plan(crowd, unlike, solves):
         plan_federated(small, 400, flower_bytes=FLOWER, time_limit=NONE)
 
 
-@pytest.mark.slow_but_for("100")
-@pytest.mark.parametrize("count", [100, 1000])
-def test_split_rounds(crowd, solves, count):
+def test_split_rounds(crowd, solves):
+    count = 100
     server = replace(crowd(1)[0], name="server", budget_bytes=60 * MIB)
     options = {"flower_bytes": FLOWER, "start_seconds": 0.1, "server_start_seconds": 0.1, "time_limit": NONE}
     fleet, plans, server_plans = plan_split(server, crowd(count), 2 * count, **options)
@@ -148,9 +147,7 @@ def test_split_rounds(crowd, solves, count):
     assert fleet.bound_seconds <= fleet.makespan_seconds
 
 
-@pytest.mark.slow_but_for("30.0-100", "30.0-1000", "14.0-100")
-@pytest.mark.parametrize("count", [100, 1000])
-@pytest.mark.parametrize("least", [14.0, 30.0])
+@pytest.mark.parametrize(("count", "least"), [(100, 14.0), (1000, 30.0)])
 def test_pipelines(crowd, solves, count, least):
     fleet, _ = plan_pipeline(crowd(count, least, least + 8), 4, time_limit=NONE)
     assert solves["StagePlans"] <= 6 * ALWAYS
@@ -160,9 +157,8 @@ def test_pipelines(crowd, solves, count, least):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [100, 1000])
-def test_a_pipeline_of_many_is_no_worse_than_one_of_its_best(crowd, count):
-    members = crowd(count, 14.0, 20.0)
+def test_a_pipeline_of_many_is_no_worse_than_one_of_its_best(crowd):
+    members = crowd(100, 14.0, 20.0)
     fleet, _ = plan_pipeline(members, 4, time_limit=2.0)
     few = sorted(members, key=lambda one: (SPEEDS.index(SPEEDS[int(one.name[1:]) % 3]), -one.budget_bytes))[:4]
     best, _ = plan_pipeline(few, 4, time_limit=30.0)

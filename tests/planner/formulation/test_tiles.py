@@ -7,11 +7,9 @@ from itertools import product
 
 import pytest
 from decisions import figures_of_decisions
-from synthetic import device
 from tiny_plans import decoder_profile
 
 from tightfit.planner.formulation.layer_variables import choice_count
-from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import FREE, SHARED, UNIFORM, held_modes, layered
 from tightfit.planner.problem.layer_types import LayerType, WeightMode
 from tightfit.planner.schedule.layer_schedule import Decision, expand, measure
@@ -120,14 +118,3 @@ def test_modes_between_uses_hold_at_least_what_the_gaps_hold(gaps: tuple[WeightM
         least = max(map(order.index, (mode.backward_gap, mode.step_gap)))
         held = WeightMode(mode.backward_gap, mode.step_gap, place)
         assert (held in modes) == (order.index(place) >= least)
-
-
-@pytest.mark.slow
-def test_plans_of_tiles_stay_within_their_budget_and_above_their_bound(tiled: Profile) -> None:
-    planner = ModelPlanner(tiled.model_copy(update={"device": device(per_instruction=20)}))
-    smallest = planner.minimum().peak_bytes
-    for factor in (1.02, 1.2, 2.0):
-        plan = planner.plan(int(smallest * factor))
-        assert plan.status in {"optimal", "feasible"}
-        assert plan.peak_bytes <= plan.budget_bytes
-        assert plan.bound_seconds <= plan.step_seconds * (1 + 1e-9)

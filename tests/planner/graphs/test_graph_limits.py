@@ -168,10 +168,9 @@ class Stopwatch:
             self.now += seconds
 
 
-@pytest.mark.slow_but_for("0.8-plan")
-@pytest.mark.parametrize("what", ["plan", "smallest"])
-@pytest.mark.parametrize("share", [0.05, 0.45, 0.8])
-def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
+@pytest.mark.slow_but_for("0.8")
+@pytest.mark.parametrize("share", [0.05, 0.8, None], ids=["0.05", "0.8", "smallest"])
+def test_a_small_limit_asks_nobody_for_more(monkeypatch, share):
     """The seconds that solvers are given in one call, added up; and of searches, the most that one is."""
     profile, limit, granted = graph_profile(layered(60)), 0.4, []
     planner, top = GraphPlanner(profile), peak_bytes(dag_of(profile), ())
@@ -196,10 +195,10 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
     )
     for module in (budget_search, smallest_budget):
         monkeypatch.setattr(module, "EvictionSearch", Granted)
-    if what == "plan":
-        planner.plan(int(share * top), time_limit=limit)
-    else:
+    if share is None:
         planner.minimum_bytes(time_limit=limit)
+    else:
+        planner.plan(int(share * top), time_limit=limit)
     assert watch.asked
     assert sum(watch.asked) <= 2 * limit
     assert max(granted) <= 0.1 * limit

@@ -22,10 +22,8 @@ from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.live_bytes import LiveBytes
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs, seconds
 from tightfit.planner.graphs.search import eviction_search
-from tightfit.planner.graphs.search.baselines import RULES
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.plan import plan
-from tightfit.planner.report.compare import compare
 from tightfit.profiles.graph_input import graph_profile
 from tightfit.runtime.common.errors import InputError
 
@@ -55,11 +53,9 @@ def check_small_graph(seed):
         before = made.step_seconds
 
 
-@pytest.mark.slow_but_for("2")
-@pytest.mark.parametrize("block", range(4))
-def test_small_graphs_against_brute_force(block):
+def test_small_graphs_against_brute_force():
     """Tens of thousands more: `make bench-proof`."""
-    for seed in range(150 * block, 150 * block + 150):
+    for seed in range(300, 450):
         check_small_graph(seed)
 
 
@@ -351,8 +347,8 @@ def griewank(steps, slots):
     return repeats * steps - comb(slots + repeats, repeats - 1) if repeats else 0
 
 
-@pytest.mark.slow_but_for("11", "12")
-@pytest.mark.parametrize("steps", [*range(2, 13), 16, 24, 32, 48, 64])
+@pytest.mark.slow_but_for("2", "11")
+@pytest.mark.parametrize("steps", [2, 11, 24])
 def test_unit_chains_meet_the_closed_form(steps):
     profile = graph_of(unit_chain(steps))
     planner = GraphPlanner(profile)
@@ -376,15 +372,15 @@ def free_chain(steps, *, reads_own):
     return [*forward, *backward]
 
 
-@pytest.mark.slow_but_for("20-False")
+@pytest.mark.slow_but_for("False")
 @pytest.mark.parametrize("reads_own", [True, False])
-@pytest.mark.parametrize("steps", [20, 100])
-def test_a_chain_need_not_hold_its_first_output(steps, reads_own):
+def test_a_chain_need_not_hold_its_first_output(reads_own):
+    steps = 20
     planner = GraphPlanner(graph_of(free_chain(steps, reads_own=reads_own)))
     # The closed form's start takes no memory here, and its first step makes f0.
     reversed_steps = steps if reads_own else steps - 1
-    for budget in (3, 4, 5, 7) if steps < 100 else (3, 7):
-        made = planner.plan(budget, time_limit=0.5 if steps < 100 else 3)
+    for budget in (3, 4, 5, 7):
+        made = planner.plan(budget, time_limit=0.5)
         # The state at hand and the backward's two outputs take three bytes; the rest are slots, and the start is one more.
         again = griewank(reversed_steps, budget - 2) - (reversed_steps - 1)
         assert made.step_seconds == 2 * steps + again, budget
@@ -400,26 +396,6 @@ def test_memory_kept_up_to_date_is_memory_counted_anew():
             rerun = (stage, rng.randrange(stage))
             (kept.remove if rerun in kept.reruns else kept.add)(*rerun)
             assert kept.bytes.tolist() == memory(dag, runs(dag, kept.reruns)), (seed, rerun)
-
-
-@pytest.mark.slow
-def test_a_larger_graph_is_planned_within_its_bounds_and_beats_the_rules():
-    profile = graph_profile(layered(120, training=True))
-    dag = dag_of(profile)
-    top = peak_bytes(dag, ())
-    compared = compare(profile, [int(share * top) for share in (0.6, 0.8, 1.0)], time_limit=5)
-    assert compared.policies == ["solver", *RULES]
-    before = INFINITY
-    for budget in compared.budgets:
-        solved = compared.plan(budget, "solver")
-        assert solved.peak_bytes <= budget
-        assert solved.any_schedule_bound_seconds <= solved.bound_seconds <= solved.step_seconds <= before
-        assert solved.gap < 0.05
-        before = solved.step_seconds
-        for rule in RULES:
-            other = compared.plan(budget, rule)
-            assert other.status == "infeasible" or other.step_seconds >= solved.step_seconds
-    assert compared.plan(top, "keep-all").step_seconds == compared.plan(top, "solver").step_seconds == dag.once_seconds
 
 
 def test_equal_inputs_give_equal_plans_unless_the_plan_says_otherwise():

@@ -9,14 +9,12 @@ from bare_graphs import graph_of
 from broken_plans import changed, listed, rejected
 from brute_graph import random_graph
 from brute_offload import INFINITY, best, least
-from layered_graph import layered
 
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.search import exact_moves
 from tightfit.planner.instructions import read_all
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
-from tightfit.profiles.graph_input import BareChannel, graph_profile
 
 DISK = {"read": {"bytes_per_second": 10, "latency_seconds": 0.5}, "write": {"bytes_per_second": 5}}
 
@@ -64,9 +62,8 @@ def check_small_graph(seed, most):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(4))
-def test_small_graphs_against_brute_force(block):
-    assert sum(check_small_graph(seed, most=5) for seed in range(60 * block, 60 * block + 60)) >= 2
+def test_small_graphs_against_brute_force():
+    assert sum(check_small_graph(seed, most=5) for seed in range(60)) >= 2
 
 
 def test_sizes_far_apart():
@@ -136,29 +133,6 @@ def training_graph(seed):
 def test_what_fits_into_less_may_be_faster_in_all(seed, budget):
     """At this budget alone searches ended 2 to 5 % above what less memory gives."""
     assert GraphPlanner(training_graph(seed)).plan(budget).gap <= 0.001
-
-
-@pytest.mark.slow
-def test_a_disk_makes_a_larger_graph_faster_and_smaller():
-    graph = layered(40, training=True)
-    quick = graph.model_copy(
-        update={
-            "read": BareChannel(bytes_per_second=1e11, latency_seconds=1e-6),
-            "write": BareChannel(bytes_per_second=1e11, latency_seconds=1e-6),
-        }
-    )
-    without, with_disk = GraphPlanner(graph_profile(graph)), GraphPlanner(graph_profile(quick))
-    top = without.plan(1 << 60, policy="keep-all").peak_bytes
-    assert with_disk.minimum_bytes() < without.minimum_bytes(time_limit=2) <= top
-    before = INFINITY
-    for budget in (with_disk.minimum_bytes(), int(0.6 * top), top):
-        made = with_disk.plan(budget, time_limit=2)
-        assert made.peak_bytes <= budget
-        assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds <= before
-        before = made.step_seconds
-        other = without.plan(budget, time_limit=2)
-        assert other.status == "infeasible" or made.step_seconds <= other.step_seconds * (1 + 1e-3)
-    assert with_disk.plan(int(0.6 * top), time_limit=2).train.read_bytes > 0
 
 
 CHAIN = [

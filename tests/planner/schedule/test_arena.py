@@ -137,10 +137,9 @@ def training_step(count, kept, resident, each):
 
 
 @pytest.mark.parametrize(("kept", "resident"), [(20, 30), (30, 20), (40, 10), (10, 40)])
-@pytest.mark.parametrize("count", [24, 96])
-def test_a_stack_and_its_mirror_image_leave_one_gap(count, kept, resident):
+def test_a_stack_and_its_mirror_image_leave_one_gap(kept, resident):
     """What grows while the other shrinks lies at the two ends: within 2.5 % of what is live, where rules lose 7 to 15 %."""
-    items, length = training_step(count, kept, resident, 8)
+    items, length = training_step(24, kept, resident, 8)
     live = int(live_bytes(items, length).max())
     height, offsets = pack(items, 0, length, live, 0)
     assert height == max(offset + item.size for offset, item in zip(offsets, items))

@@ -72,7 +72,7 @@ def test_a_second_pass_makes_nothing_for_nobody():
     assert reads[1] - reads[0] == 2 * 7
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_chain_under_any_segments_passes_the_simulator(seed):
     """Every rule's columns under every segmentation of a chain of random layers."""
     profile = small_chain(seed, layers=5)

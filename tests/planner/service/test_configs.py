@@ -14,7 +14,6 @@ from decoder_families import FAMILIES, sized
 from places import SOURCES
 from pydantic import ValidationError
 from reference import CONFIGS
-from served import Served
 from tiny_models import header_of, random_weights, write_gguf
 
 from tightfit.planner.plan import plan
@@ -148,18 +147,6 @@ def test_the_header_of_a_file_is_taken_as_a_config_with_its_precision(tmp_path):
 )
 def test_a_model_of_a_config_has_the_name_that_the_config_has(config, name):
     assert config_name(config) == name
-
-
-@pytest.mark.slow
-def test_what_only_the_built_model_shows_is_the_job_s_error(tmp_path):
-    pytest.importorskip("transformers")
-    service = Served(tmp_path / "data").start()
-    try:
-        job = service.wait(service.ask("/v1/profiles", config=sized("mamba"), seq=16))
-    finally:
-        service.stop()
-    assert (job["state"], job["error"]["code"]) == ("failed", "input")
-    assert "model_type 'mamba' is not supported; supported: " in job["error"]["message"]
 
 
 @pytest.mark.slow

@@ -59,9 +59,8 @@ def uploaded(served, profile):
     return served.upload(profile)
 
 
-@pytest.mark.slow_but_for("lcsb")
-@pytest.mark.parametrize("policy", ["mezo", "lcsb"])
-def test_a_rule_that_sums_no_gradients_is_refused_with_its_reason(served, profile, policy):
+def test_a_rule_that_sums_no_gradients_is_refused_with_its_reason(served, profile):
+    policy = "lcsb"
     summing = served.upload(profile.model_copy(update={"optimizer": adamw(4)}))
     for path, body in (
         ("plans", {"memory": "1GB", "policy": policy}),
@@ -483,24 +482,6 @@ def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_
     assert told["minimum_budget_bytes"] == told["explanation"]["shortfall"]["minimum_budget_bytes"] == minimum
 
 
-@pytest.mark.slow
-def test_the_command_line_can_let_a_service_compare(served, profile, minimum, tmp_path, capfd):
-    from tightfit.profiles.io import save_profile
-
-    save_profile(profile, tmp_path / "profile.json")
-    words = ["compare", str(tmp_path / "profile.json"), "--memory", f"{minimum},{2 * minimum}", "--json"]
-    told = []
-    for server in ([], ["--server", served.url]):
-        with pytest.raises(SystemExit) as ended:
-            main.main([*words, *server])
-        assert ended.value.code == 0
-        plans = json.loads(capfd.readouterr().out)["plans"]
-        told.append([[plan[name] for name in ("policy", "budget_bytes", "status", "step_seconds")] for plan in plans])
-    here, there = told
-    assert len(here) > 2
-    assert here == there
-
-
 def test_a_service_compares_with_the_same_optimizer(served, profile, minimum, tmp_path, capfd):
     from tightfit.profiles.io import save_profile
 
@@ -711,25 +692,6 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
     assert token not in service.log.read_text()
     routes = [line["route"] for line in service.lines() if line["message"] == "request"]
     assert "/v1/jobs" in routes
-
-
-@pytest.mark.slow
-def test_a_slow_listener_does_not_hold_up_the_others(served, uploaded, minimum):
-    """An event stream that nobody reads, and a client that goes away, cost nothing."""
-    job = served.ask("/v1/plans", profile=uploaded, memory=minimum + 16384)
-    stuck = httpx.Client(base_url=served.url, trust_env=False)
-    stuck.stream("GET", f"/v1/jobs/{job['id']}/events").__enter__()
-    done = threading.Event()
-
-    def ask():
-        for _ in range(20):
-            served.http.get(f"/v1/jobs/{job['id']}")
-        done.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    assert done.wait(60)
-    stuck.close()
-    assert served.wait(job)["state"] == "succeeded"
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from broken_plans import changed, listed, rejected
 from changed_operators import with_operators
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
 from tightfit.planner.model_planner import ModelPlanner
@@ -281,18 +279,6 @@ def test_time_by_hand():
     assert made_plan.train.read_bytes == PAGE
     assert made_plan.train.stall_seconds == pytest.approx(6e-3)
     assert made_plan.step_seconds == pytest.approx(10e-3 + 1e-3 + 2e-3)
-
-
-@pytest.mark.slow
-@given(seed=st.integers(0, 10_000), field=st.sampled_from(["read", "write"]), factor=st.sampled_from([2.0, 10.0]))
-@settings(max_examples=12)
-def test_a_faster_device_is_never_slower(seed, field, factor):
-    profile = small_chain(seed, on=device(read=1e6, write=1e6))
-    smallest = ModelPlanner(profile).smallest_plan()
-    channel = getattr(smallest.device, field)
-    faster = channel.model_copy(update={"bytes_per_second": channel.bytes_per_second * factor})
-    better = smallest.model_copy(update={"device": smallest.device.model_copy(update={field: faster})})
-    assert simulate(better).step_seconds <= smallest.step_seconds + 1e-12
 
 
 def summed(profile):

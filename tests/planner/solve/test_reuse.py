@@ -274,7 +274,7 @@ def test_transfers_move_among_tensors_in_their_places(decoder):
 
 
 @pytest.mark.slow_but_for("1.04")
-@pytest.mark.parametrize("share", [1.005, 1.01, 1.02, 1.04])
+@pytest.mark.parametrize("share", [1.005, 1.04])
 def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
     planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
     problem = planner.problem
@@ -305,11 +305,10 @@ def test_where_a_rule_fits_no_limit_says_that_nothing_does(sixfold, policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [1.05, 1.07])
-def test_near_the_smallest_budget_transfers_find_room(share):
+def test_near_the_smallest_budget_transfers_find_room():
     """Columns that leave some free are priced where a plan of the others waits for the disk for longer than is looked at."""
     profile = decoder_profile(16)
     planner = ModelPlanner(profile)
-    made = ModelPlanner(profile).plan(int(share * planner.minimum_bytes(time_limit=100)), time_limit=60)
+    made = ModelPlanner(profile).plan(int(1.05 * planner.minimum_bytes(time_limit=100)), time_limit=60)
     assert made.gap < 0.005
     assert made.train.stall_seconds < GOOD * made.step_seconds

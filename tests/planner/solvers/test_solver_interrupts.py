@@ -223,21 +223,6 @@ main.main(["plan"])
         os.close(reader)
 
 
-@pytest.mark.slow
-def test_an_interruption_returns_the_best_schedule_so_far():
-    planner = GraphPlanner(graph_profile(layered(60, seed=1)))
-    keep_all = planner.keep_all_bytes
-
-    def interrupt(told):
-        raise KeyboardInterrupt
-
-    made = planner.plan(int(0.8 * keep_all), time_limit=20, progress=interrupt)
-    assert made.train is not None
-    assert made.peak_bytes <= made.budget_bytes
-    assert not made.deterministic
-    interrupted(0.2, lambda: planner.plan(planner.floor_bytes, time_limit=20))
-
-
 def test_an_interruption_of_a_search_made_again_keeps_what_was_found_before_it(monkeypatch):
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
     budget = int(0.8 * planner.keep_all_bytes)

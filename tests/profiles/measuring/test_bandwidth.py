@@ -12,7 +12,7 @@ from tightfit.planner.report.explain import explain
 from tightfit.planner.report.html import comparison_page
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.profiles.measuring import bandwidth
-from tightfit.profiles.measuring.bandwidth import LayerWorkload, measure_channels, measure_transfers
+from tightfit.profiles.measuring.bandwidth import LayerWorkload, measure_transfers
 from tightfit.runtime.cli.answers import comparison_text, profile_text
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.device.channels import TransferChannel
@@ -153,15 +153,6 @@ def test_a_doubt_that_an_older_version_wrote_is_still_told():
     assert read.doubt in first[0]
     assert sum(read.doubt in line for line in first) == 2
     assert read.doubt in html.unescape(comparison_page([made]))
-
-
-@pytest.mark.slow
-def test_measured_on_a_disk(tmp_path):
-    found = measure_channels(tmp_path, "float32")
-    for name in ("read", "write"):
-        assert found[name]["bytes_per_second"] > 1e5
-        assert found[name]["latency_seconds"] < 1.0
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fails_is_an_error_and_no_endless_loop(channel):

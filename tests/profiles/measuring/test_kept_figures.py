@@ -103,18 +103,13 @@ def test_what_is_new_of_another_model_is_measured(machine: Machine, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_on_another_number_of_threads_all_is_measured(machine: Machine, tmp_path: Path) -> None:
-    profiled(tmp_path, 3)
-    before = machine.measured.copy()
-    profiled(tmp_path, 3, threads=2)
-    assert machine.measured == before + before
-
-
-@pytest.mark.slow
-def test_all_is_measured_if_asked_for(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"force": True}, {"threads": 2}], ids=["force", "threads"])
+def test_all_is_measured_if_asked_for_or_on_other_threads(
+    other: dict[str, Any], machine: Machine, tmp_path: Path
+) -> None:
     first = profiled(tmp_path, 3)
     before = machine.measured.copy()
-    assert profiled(tmp_path, 3, force=True) != first
+    assert profiled(tmp_path, 3, **other) != first
     assert machine.measured == before + before
 
 

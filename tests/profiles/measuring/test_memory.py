@@ -79,7 +79,7 @@ def measured(step: Any, folder: Any, memory: int | None) -> Mapping[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tight", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tight", [True, False])
 def test_measuring_holds_what_was_predicted_and_no_more(step, tmp_path, tight):
     memory = predicted_memory(described(step), SMALLEST_TURNING).predicted_bytes if tight else None
     result = measured(step, tmp_path, memory)

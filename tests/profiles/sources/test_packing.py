@@ -69,8 +69,6 @@ MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, str]]] = {
     "gguf": (gguf_file, {}),
     "gguf of a rare type": (rare_gguf_file, {"base": "8bit"}),
     "directory": (directory, {}),
-    "directory in 8 bits": (directory, {"base": "8bit"}),
-    "directory in 16 bits": (directory, {"base": "16bit"}),
     "GPTQ": (gptq_directory, {}),
     "AWQ": (awq_directory, {"embeddings": "8bit"}),
     "bitsandbytes": (bitsandbytes_directory, {}),
@@ -183,7 +181,7 @@ def test_a_model_that_changes_before_it_is_packed_is_refused(tmp_path: Path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [{}, {"base": "8bit"}, {"base": "16bit"}])
+@pytest.mark.parametrize("precision", [{}, {"base": "16bit"}])
 def test_packing_takes_what_was_predicted_whatever_the_model_s_size(precision: dict[str, str], tmp_path: Path) -> None:
     """A model of 64 MB, with blocks of the largest size, is packed in less than was said, and that is close to it."""
     config = LLAMA | {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 24576}

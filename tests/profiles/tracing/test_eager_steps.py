@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 
 import numpy as np
@@ -18,10 +17,6 @@ from tightfit.profiles.steps import module_step
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, eager_step
 from tightfit.runtime.common.errors import InputError
-
-
-def factory():
-    return stateful("a frozen teacher that follows the student (EMA, BYOL)")
 
 
 @pytest.mark.slow_but_for(
@@ -41,20 +36,6 @@ def test_a_state_is_refused_by_name_or_kept(kind, tmp_path):
         compared(module, batch, tmp_path)
     assert words in str(raised.value)
     assert "register" not in str(raised.value).replace("draw them in __init__ and register", "")
-
-
-@pytest.mark.slow
-def test_a_profile_names_what_the_teacher_of_a_frozen_module_is(cache):
-    with pytest.raises(InputError, match=r"changes the parameter teacher\.weight and 1 more in its forward, which"):
-        api.profile(f"{__name__}:factory")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(3))
-def test_rare_draws_are_refused_each_time(attempt, tmp_path):
-    random.seed(attempt)
-    with pytest.raises(InputError, match="draws random numbers of Python's random"):
-        compared(*stateful("stochastic depth by `random`"), tmp_path)
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_mezo_is_planned_with_half_the_heads_time(profile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mezo", "lcsb", "keep-all"])
+@pytest.mark.parametrize("policy", ["mezo", "keep-all"])
 def test_results_do_not_depend_on_it(policy, profile, records, tmp_path):
     """Training and evaluation by the operators for inference, and by the forward instead of them."""
     results = []

@@ -33,7 +33,7 @@ def slices_of(traced: Trace, name: str) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "llama with biases"])
 def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
     """Of the same samples in transformers and peft. Most matrices have a last slice that is smaller."""
     config = (CONFIGS | VARIANTS)[family]
@@ -50,9 +50,8 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", [SEQ, SEQ // 2], ids=["tiles of a row", "tiles of half a row"])
-def test_slices_of_matrices_and_tiles_of_the_batch_go_together(tile: int) -> None:
-    config = CONFIGS["llama"]
+def test_slices_of_matrices_and_tiles_of_the_batch_go_together() -> None:
+    config, tile = CONFIGS["llama"], SEQ // 2
     weights, data = random_weights(config, torch.float32), random_batch(config, BATCH, SEQ)
     loss, gradients = loss_and_gradients(trace_decoder(config, torch.float32, BATCH, SEQ), weights, data)
     traced = trace_decoder(config, torch.float32, BATCH, SEQ, tile=tile, matrix_rows=ROWS)

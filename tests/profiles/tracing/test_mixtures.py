@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from reference import MIXTURE, all_layers, errors_beside_peft, relative_error
@@ -25,10 +23,11 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TILES = {"all tokens": None, "two rows": 64, "half a row": 16}
 ROUTED = MIXTURE | {"output_router_logits": True, "router_aux_loss_coef": 0.7}
 ROWS = {"experts as they come": None, "one expert": 48}
+CUT = [("all tokens", "experts as they come"), ("two rows", "one expert"), ("half a row", "one expert")]
 
 
 @pytest.mark.slow_but_for("all tokens-experts as they come")
-@pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
+@pytest.mark.parametrize(("tile", "rows"), CUT)
 def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) -> None:
     weights, data = random_weights(MIXTURE, torch.float32), random_batch(MIXTURE, BATCH, SEQ)
     traced = trace_decoder(MIXTURE, torch.float32, BATCH, SEQ, tile=TILES[tile], matrix_rows=ROWS[rows])
@@ -45,7 +44,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(tile: str, rows: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", ["all tokens", "half a row"])
 def test_the_loss_of_routers_is_that_of_transformers(tile: str) -> None:
     weights, data = random_weights(ROUTED, torch.float32), random_batch(ROUTED, BATCH, SEQ)
     traced = trace_decoder(ROUTED, torch.float32, BATCH, SEQ, tile=TILES[tile], matrix_rows=48)
@@ -62,11 +61,10 @@ def test_the_loss_of_routers_is_that_of_transformers(tile: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", ["two rows", "half a row"])
-def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
+def test_samples_that_share_a_row_keep_their_borders() -> None:
     weights, data = random_weights(MIXTURE, torch.float32), shared_batch(MIXTURE, BATCH, SEQ)
     loss, gradients = loss_and_gradients(trace_decoder(MIXTURE, torch.float32, BATCH, SEQ), weights, data)
-    traced = trace_decoder(MIXTURE, torch.float32, BATCH, SEQ, tile=TILES[tile], matrix_rows=48)
+    traced = trace_decoder(MIXTURE, torch.float32, BATCH, SEQ, tile=TILES["half a row"], matrix_rows=48)
     for compiled in (False, True):
         own_loss, own = loss_and_gradients(traced, weights, data, compiled=compiled)
         assert own_loss == pytest.approx(loss, rel=1e-5)
@@ -75,7 +73,7 @@ def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tile", "rows"), [*product(TILES, ROWS)])
+@pytest.mark.parametrize(("tile", "rows"), CUT)
 def test_pairs_of_experts_have_the_gradients_of_peft(tile: str, rows: str) -> None:
     lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=True)
     weights, data = random_weights(MIXTURE, torch.float32, lora), random_batch(MIXTURE, BATCH, SEQ)
@@ -93,7 +91,7 @@ def test_pairs_of_experts_have_the_gradients_of_peft(tile: str, rows: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", ["all tokens", "half a row"])
 def test_a_pair_of_experts_has_one_gradient(tile: str) -> None:
     lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=True)
     traced = trace_decoder(MIXTURE, torch.bfloat16, BATCH, SEQ, lora, TILES[tile])

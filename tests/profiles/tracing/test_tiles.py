@@ -9,9 +9,6 @@ from reference import (
     VARIANTS,
     all_layers,
     errors_beside_peft,
-    gradients_of,
-    loss_of,
-    peft_model,
     relative_error,
 )
 from traced import (
@@ -34,7 +31,6 @@ from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.tracing.tiles import in_tiles
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.training.adapter import trained_name
 
 BATCH, SEQ = 4, 32
 TILES = {"two rows": 64, "a row": 32, "half a row": 16, "an eighth of a row": 4}
@@ -47,8 +43,10 @@ def tiles_of(traced: Trace) -> dict[str, int]:
 
 
 @pytest.mark.slow_but_for("gemma3_text-half a row")
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("family", [*CONFIGS, *VARIANTS])
+@pytest.mark.parametrize(
+    ("family", "tile"),
+    [*(("llama", tile) for tile in TILES), *((family, "half a row") for family in [*CONFIGS, *VARIANTS][1:])],
+)
 def test_float32_loss_and_lora_gradients_match_autograd(
     family: str, tile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +66,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(
 
 
 @pytest.mark.slow_but_for("half a row")
-@pytest.mark.parametrize("tile", ["two rows", "half a row", "an eighth of a row"])
+@pytest.mark.parametrize("tile", ["half a row", "an eighth of a row"])
 def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
     """Borders lie inside tiles and between them; the reference is the step of all tokens at once, which is held against autograd."""
     config = CONFIGS["gemma3_text"]
@@ -167,19 +165,3 @@ def program(*targets: str) -> Program:
 def test_equal_runs_are_found(targets: str, most: int, found: tuple[int, int]) -> None:
     made = in_tiles(program(*targets), most)
     assert (made.tiles, made.tile_operators) == found
-
-
-@pytest.mark.slow
-def test_gradients_of_a_long_text_are_pytorch_s() -> None:
-    """4,096 tokens in eight tiles, the head in two parts."""
-    config, seq = CONFIGS["qwen2"] | {"max_position_embeddings": 4096, "num_hidden_layers": 2}, 4096
-    weights, data = random_weights(config, torch.float32), random_batch(config, 1, seq)
-    traced = trace_decoder(config, torch.float32, 1, seq, tile=512)
-    assert tiles_of(traced) == {"stem": 1, "model.layers.0": 8, "model.layers.1": 8, "head": 2}
-    loss, gradients = loss_and_gradients(traced, weights, data, compiled=True)
-    model = peft_model(config, weights, all_layers(RANK, ALPHA), torch.float32)
-    exact_loss = loss_of(model, data["input_ids"], data["labels"])
-    exact_loss.backward()
-    assert loss == pytest.approx(float(exact_loss.detach()), rel=1e-5)
-    for key, gradient in gradients_of(model).items():
-        assert relative_error(gradients[trained_name(key)], gradient) < 1e-4, key

@@ -412,22 +412,6 @@ def test_a_curve_goes_on_while_nobody_looks(browser, served):
 
 
 @pytest.mark.slow
-def test_names_and_notes_are_kept(browser, served):
-    identity = served.upload(decoder_like(4))
-    with tab(browser, at(served, f"models/{identity}")) as page:
-        page.get_by_label("Change: Name").click()
-        page.get_by_role("textbox", name="Name").fill("<img src=x> the phone's")
-        page.keyboard.press("Enter")
-        expect(page.locator("h1")).to_contain_text("<img src=x> the phone's")
-        page.get_by_label("Note").fill("for the demo")
-        page.get_by_label("Note").blur()
-        page.wait_for_timeout(500)
-        kept = served.http.get(f"/v1/profiles/{identity}").json()
-        assert (kept["title"], kept["note"]) == ("<img src=x> the phone's", "for the demo")
-        assert page.locator("main img").count() == 0
-
-
-@pytest.mark.slow
 def test_names_of_any_length_and_with_markup_stay_text(browser, served):
     graph = json.loads((ROOT / "examples" / "bare-graph.json").read_text())
     long = {one["name"]: f"<script>{one['name']}</script>{'x' * 120}" for one in graph["operators"]}
@@ -483,21 +467,6 @@ def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
         service.start()
         with opened(browser, service, identity) as page:
             expect(page.locator("#verdict")).to_contain_text("fits")
-
-
-@pytest.mark.slow
-def test_what_is_searched_for_is_said_until_it_is_there(browser, tmp_path):
-    with serving(tmp_path) as service:
-        identity = service.upload(decoder_like(2))
-        with tab(browser, at(service, "models")) as page:
-            held = hold(page, "**/v1/comparisons")
-            page.goto(at(service, f"models/{identity}"))
-            expect(page.locator("#curving")).to_contain_text("Looking for the smallest")
-            for route in held:
-                route.continue_()
-            page.unroute("**/v1/comparisons")
-            settled(page)
-            expect(page.locator("#curve svg g[data-policy=mebp]")).to_have_count(1)
 
 
 @pytest.mark.slow
