@@ -11,28 +11,24 @@ from typing import Any
 
 import pytest
 from broken_plans import changed, rejected
-from decisions import bounds_of_schedules, random_decision
+from decisions import bounds_of_schedules, figures_of_decisions
 from pydantic import ValidationError
 from sample_plans import sample_plan
 from synthetic import SLICE, decoder_like, device, small_chain, tables
 
-from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped, clipped_seconds
-from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import account
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schedule.column_bytes import live_bytes
-from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.prefetch import clock
 from tightfit.planner.schedule.realize import realize
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.planner.solve.policies import POLICIES, refused_of, rule_columns, smallest
-from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.schema import EXCHANGE, Profile, Tensor, adamw
 from tightfit.runtime.common.errors import InputError
 
@@ -62,18 +58,8 @@ def test_the_layer_model_says_what_the_layers_schedule_does(steps: int) -> None:
     apart = 0
     for profile in profiles(steps)[:-1]:
         for kind in layered(profile).types:
-            block = LayerProgram(LinearProgram(), kind)
-            goal = Linear()
-            for figure in block.figures().values():
-                goal.plus(figure)
-            for _ in range(5):
-                decision = random_decision(rng, kind)
+            for decision, told, counted in figures_of_decisions(rng, kind, 5):
                 apart += bool(decision.states)
-                block.fix(decision)
-                result = block.program.solve(goal)
-                assert result.optimal
-                counted = dict(zip(FIELDS, measure(kind, decision).row))
-                told = {name: getattr(block.figures(), name).value(result.values) for name in FIELDS}
                 # The model counts what is certain; a rerun's further outputs may cost a free more.
                 assert told.pop("instructions") <= counted.pop("instructions") + 1e-6
                 assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)

@@ -7,28 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from decisions import random_decision
+from decisions import figures_of_decisions
 from pydantic import ValidationError
 from sample_plans import sample_plan
 from synthetic import SLICE, decoder_like, tables
 
-from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan, policies_of
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import clipped
-from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.problem.optimizers import ADAFACTOR_BYTES, with_optimizer
 from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_bytes
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.summary import plan_summary, update_words
-from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Profile, Tensor, adamw
 from tightfit.runtime.common.errors import InputError
 
@@ -166,17 +162,7 @@ def test_the_layer_model_says_what_the_layers_schedule_does(name: str, limit: fl
     rng = random.Random(0)
     made = with_optimizer(matrices(2, in_layer=2), name)
     for kind in layered(made if limit is None else clipped(made, limit)).types:
-        block = LayerProgram(LinearProgram(), kind)
-        goal = Linear()
-        for figure in block.figures().values():
-            goal.plus(figure)
-        for _ in range(6):
-            decision = random_decision(rng, kind)
-            block.fix(decision)
-            result = block.program.solve(goal)
-            assert result.optimal
-            counted = dict(zip(FIELDS, measure(kind, decision).row))
-            told = {figure: getattr(block.figures(), figure).value(result.values) for figure in FIELDS}
+        for _, told, counted in figures_of_decisions(rng, kind, 6):
             assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)
 
 

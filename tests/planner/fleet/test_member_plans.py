@@ -21,7 +21,6 @@ from tightfit.planner.plan import planner_of
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.schema import EXCHANGE, Floor, Profile, Tensor
 
-KIB = 1 << 10
 ROOM = 15 * MIB
 FLOOR = Floor(import_peak_bytes=0, resident_bytes=0, instruction_bytes=0)
 

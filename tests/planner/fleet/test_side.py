@@ -18,7 +18,6 @@ from tightfit.planner.fleet.part_profiles import server_profile, side_shape
 from tightfit.planner.fleet.plan import plan_side
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
-from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan
 from tightfit.planner.problem.device_forward import device_forward, message_bytes, sent_tensors
 from tightfit.planner.report.compare import compare
@@ -166,11 +165,6 @@ def test_a_module_and_a_run_without_a_server_are_refused(profile, tmp_path):
         plan(own, BUDGET, policy="mobillm")
     with pytest.raises(InputError, match="run the fleet"):
         run(plan(profile, BUDGET, policy="mobillm"), "random", steps=1, out=tmp_path / "run")
-
-
-def test_accumulated_steps_are_planned_as_well(profile):
-    several = profile.model_copy(update={"optimizer": {"name": "adamw", "state_tensors": 3, "accumulate": 4}})
-    assert ModelPlanner(several).plan(BUDGET, policy="mobillm").train is not None
 
 
 # --- the server ---------------------------------------------------------------------------------------------------------

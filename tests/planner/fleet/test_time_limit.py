@@ -13,9 +13,8 @@ from dataclasses import replace
 import pytest
 from synthetic import MIB
 
-from tightfit.planner.fleet import bounds
 from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, while_there_is_time
-from tightfit.planner.fleet.plan import MemberSpec, least_seconds, plan_kind, plan_pipeline
+from tightfit.planner.fleet.plan import MemberSpec, plan_kind, plan_pipeline
 from tightfit.planner.fleet.rounds import in_turn, plan_federated, plan_split
 from tightfit.planner.fleet.schema import Link
 from tightfit.runtime.common.errors import InfeasibleError
@@ -180,11 +179,3 @@ def test_the_kind_may_be_open(crowd, solves):
     assert why
     assert solves["MemberPlans"] <= ALWAYS + 4
     assert sum(solves.values()) < 8 * ALWAYS
-
-
-@pytest.mark.parametrize("count", [5, 12])
-def test_bounds_that_forget_who_holds_the_layers_above_are_not_higher(crowd, count, monkeypatch):
-    members = crowd(count)
-    exact = least_seconds(members, 4)
-    monkeypatch.setattr(bounds, "MOST_SETS", 0)
-    assert exact * 0.5 < least_seconds(members, 4) <= exact

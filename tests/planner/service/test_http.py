@@ -654,13 +654,6 @@ def test_it_tells_about_itself(served, uploaded, minimum):
     assert len(served.http.get("/v1/devices").json()["devices"]) > 3
     jobs = served.http.get("/v1/jobs?kind=plan&state=succeeded&limit=2").json()["jobs"]
     assert 0 < len(jobs) <= 2
-    description = served.http.get("/openapi.json").json()
-    for path, methods in description["paths"].items():
-        for method, told in methods.items():
-            assert told["summary"], (method, path)
-            if method == "post" and "requestBody" in told:
-                assert {"202", "201"} & set(told["responses"]), path
-    assert description["components"]["schemas"]["PlanRequest"]["examples"]
 
 
 def test_a_token_is_asked_for_and_never_logged(tmp_path):

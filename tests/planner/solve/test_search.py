@@ -30,9 +30,6 @@ from tightfit.planner.solvers import lp
 from tightfit.planner.solvers.lp import GrowingProgram, Linear, LinearProgram, Solution
 from tightfit.runtime.common.gc_pause import paused_collector
 
-TIGHT = 5734400
-"""bytes in which four deep layers do with a few of them run twice, or with a disk that is far too slow"""
-
 
 @pytest.fixture(scope="module")
 def chain():

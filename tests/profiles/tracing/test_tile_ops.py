@@ -6,14 +6,11 @@ import math
 
 import pytest
 import torch
-from interpreter import run_step
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from tightfit.profiles.tracing.tile_ops import rotary, rotary_backward, tile_attention, tile_attention_backward
-from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.processor import features
 
@@ -131,43 +128,6 @@ def test_flops_are_those_of_the_keys_that_are_seen(window, scores):
         y.sum().backward()
     assert forward == 2 * 2 * scores * HEADS * WIDTH
     assert counter.get_total_flops() - forward == 5 * 2 * scores * HEADS * WIDTH
-
-
-class Tiled(nn.Module):
-    """A layer of attention in tiles, and a loss."""
-
-    def __init__(self, tile: int) -> None:
-        super().__init__()
-        self.tile = tile
-        columns = HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH
-        self.maps = nn.ModuleList(nn.Linear(16, n, bias=False) for n in columns)
-
-    def forward(self, x, cos, sin):
-        q, k, v = (layer(x) for layer in self.maps)
-        return by_tiles(q, k, v, cos, sin, self.tile, window=11).square().sum()
-
-
-@pytest.mark.slow
-def test_a_trace_holds_the_tiles_of_a_row_one_by_one():
-    torch.manual_seed(2)
-    seq, tile = 48, 16
-    module = Tiled(tile)
-    batch = dict(zip(("x", "cos", "sin"), (torch.randn(seq, 16), *tables(seq))))
-    traced = trace(module, batch)
-    programs = {program.name: program for program in traced.programs}
-    operators = [operator for layer in traced.layers for operator in programs[layer.program].operators]
-    attended = [operator for operator in operators if operator.target == "tightfit.tile_attention"]
-    assert [len(operator.args[1]) for operator in attended] == [1, 2, 3]
-    back = [operator for operator in operators if operator.target == "tightfit.tile_attention_backward"]
-    assert [len(operator.args[2]) for operator in back] == [3, 2, 1]
-    assert [len(operator.outputs) for operator in back] == [8, 6, 4]
-    assert all(operator.flops > 0 for operator in (*attended, *back))
-    parameters = dict(module.named_parameters())
-    due = torch.autograd.grad(module(**batch), list(parameters.values()))
-    with torch.no_grad():
-        env = run_step(traced.layers, programs, batch | {name: p.detach() for name, p in parameters.items()})
-    for name, wanted in zip(parameters, due):
-        torch.testing.assert_close(env[f"grad:{name}"], wanted)
 
 
 def test_what_does_not_fit_together_is_refused():

@@ -94,30 +94,6 @@ def test_the_peaks_parts_add_up_and_layers_and_channels_are_listed(page):
     assert layers.locator("tbody th").all_inner_texts() == ["stem", "layer0", "layer1", "head"]
 
 
-def test_the_step_by_keyboard(page, served, plan):
-    timeline = served.http.get(f"/v1/plans/{plan}/timeline").json()
-    count = len(timeline["instructions"]["what"])
-    frame, reading = page.locator(".step-frame"), page.locator(".step .reading")
-    frame.focus()
-    page.keyboard.press("Home")
-    expect(reading).to_contain_text(f"instruction 1 of {count}: ")
-    page.keyboard.press("ArrowRight")
-    expect(reading).to_contain_text(f"instruction 2 of {count}: ")
-    page.keyboard.press("End")
-    expect(reading).to_contain_text(f"instruction {count} of {count}: ")
-    expect(page.locator(".step .unseen")).to_have_text(reading.inner_text())
-    # From the end back to the beginning of a layer, and what its tensors are.
-    page.keyboard.press("PageUp")
-    assert re.search(r"layer\d|stem", reading.inner_text())
-    page.keyboard.press("+")
-    page.keyboard.press("Enter")
-    detail = page.locator(".step-detail")
-    expect(detail.locator("h3")).to_contain_text("Instruction ")
-    whys = detail.locator("td.wide").all_inner_texts()
-    assert whys
-    assert all(len(why) > 20 for why in whys)
-
-
 def test_a_layer_and_a_band_tell_their_tensors_and_why(page):
     frame, detail = page.locator(".step-frame"), page.locator(".step-detail")
     box = frame.bounding_box()
