@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from bare_graphs import graph_of
-from brute_graph import random_graph
 from changed_operators import with_operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import decoder_like, small_chain
 
-from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import simulate
 
 SMALL = settings(max_examples=40, derandomize=True)
-FEW = settings(max_examples=3, derandomize=True)
 
 
-def budgets_between(planner, shares):
+@pytest.mark.slow
+@given(seed=st.integers(0, 1 << 30), layers=st.integers(2, 3), shares=st.lists(st.floats(0, 1), min_size=2, max_size=3))
+@settings(max_examples=3, derandomize=True)
+def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
+    """One planner never gets slower; planners that know nothing of each other contradict no bound."""
+    profile = small_chain(seed, layers=layers)
+    planner = ModelPlanner(profile)
     smallest = planner.minimum_bytes()
     largest = planner.plan(1 << 45, policy="keep-all").peak_bytes
-    return [int(smallest + share * max(0, largest - smallest)) for share in sorted(shares)]
-
-
-def check_larger_budgets(planner, profile, shares):
-    """One planner never gets slower; planners that know nothing of each other contradict no bound."""
-    made = [planner.plan(budget) for budget in budgets_between(planner, shares)]
+    made = [planner.plan(int(smallest + share * max(0, largest - smallest))) for share in sorted(shares)]
     seconds = [one.step_seconds for one in made]
     assert seconds == sorted(seconds, reverse=True)
     assert all(one.peak_bytes <= one.budget_bytes for one in made)
@@ -35,22 +32,6 @@ def check_larger_budgets(planner, profile, shares):
     for one in made:
         assert alone.bound_seconds <= one.step_seconds * (1 + 1e-9)
         assert alone.any_schedule_bound_seconds <= one.step_seconds * (1 + 1e-9)
-
-
-@pytest.mark.slow
-@given(seed=st.integers(0, 1 << 30), shares=st.lists(st.floats(0, 1), min_size=2, max_size=4))
-@SMALL
-def test_graphs_at_larger_budgets(seed, shares):
-    profile = graph_of(random_graph(seed))
-    check_larger_budgets(GraphPlanner(profile), profile, shares)
-
-
-@pytest.mark.slow
-@given(seed=st.integers(0, 1 << 30), layers=st.integers(2, 3), shares=st.lists(st.floats(0, 1), min_size=2, max_size=3))
-@FEW
-def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
-    profile = small_chain(seed, layers=layers)
-    check_larger_budgets(ModelPlanner(profile), profile, shares)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from layered_graph import layered
 from synthetic import MIB, REAL, decoder_like, device, small_chain
 
@@ -20,7 +18,6 @@ from tightfit.planner.plan import minimum_budget, plan, planner_of
 from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.report.compare import compare
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.planner.solve.policies import POLICIES
 from tightfit.profiles.graph_input import graph_profile
 from tightfit.runtime.common.errors import InputError
 
@@ -74,26 +71,6 @@ def test_the_same_input_gives_the_same_plan():
     assert first.deterministic
     assert first.fingerprint == second.fingerprint
     assert first.train == second.train
-
-
-@pytest.mark.slow
-@given(seed=st.integers(0, 100_000), layers=st.integers(2, 3), share=st.floats(0, 1))
-@settings(max_examples=5, derandomize=True)
-def test_any_chain_at_any_budget(seed, layers, share):
-    planner = ModelPlanner(small_chain(seed, layers=layers))
-    smallest = planner.minimum().peak_bytes
-    largest = planner.plan(1 << 40, policy="keep-all").peak_bytes
-    budget = int(smallest + share * max(0, largest - smallest))
-    made = planner.plan(budget)
-    assert made.status in {"optimal", "feasible"}
-    assert made.peak_bytes <= budget
-    assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds
-    assert planner.plan(smallest - 1).status == "infeasible"
-    for policy in POLICIES:
-        other = planner.plan(budget, policy=policy)
-        if other.status != "infeasible":
-            assert made.bound_seconds <= other.step_seconds * (1 + 1e-9)
-            assert made.any_schedule_bound_seconds <= other.step_seconds * (1 + 1e-9)
 
 
 def test_below_the_floor():

@@ -259,16 +259,6 @@ def test_models_that_no_fleet_trains(members, link):
     refused([MemberSpec(name="a", profile=frozen, budget_bytes=MIB, link=link())], "nothing of synthetic is trained")
 
 
-def test_profiles_of_several_steps_are_taken_as_of_one(members, planned):
-    """What a profile says of accumulation is replaced; so are its seconds of an update, with the mean over the steps."""
-    fleet, _ = planned
-    specs = members((1.0, 0.5, 0.4))
-    tensors = [t.model_copy(update={"update_seconds": t.update_seconds * 5.5 / 7}) for t in specs[0].profile.tensors]
-    specs[0] = other(specs[0], optimizer=adamw(4), tensors=tensors)
-    again, _ = plan_fleet(specs, 8)
-    assert again.makespan_seconds == pytest.approx(fleet.makespan_seconds)
-
-
 def changed_device(spec, **changes):
     return other(spec, device=spec.profile.device.model_copy(update=changes))
 

@@ -41,8 +41,17 @@ def stored(source: Source, directory: Path, dtype: torch.dtype = torch.float32) 
 # --base
 
 
-@pytest.mark.parametrize(("base", "form"), [(None, "q4"), ("4bit", "q4"), ("8bit", "q8"), ("16bit", "bfloat16")])
-@pytest.mark.parametrize("kind", ["directory", "gguf", "config"])
+@pytest.mark.parametrize(
+    ("kind", "base", "form"),
+    [
+        ("directory", None, "q4"),
+        ("directory", "8bit", "q8"),
+        ("directory", "16bit", "bfloat16"),
+        ("gguf", "4bit", "q4"),
+        ("gguf", "16bit", "bfloat16"),
+        ("config", "8bit", "q8"),
+    ],
+)
 def test_base_is_the_precision_of_every_matrix(kind: str, base: str | None, form: str, tmp_path: Path) -> None:
     weights = {name: weight.bfloat16() for name, weight in random_weights(LLAMA).items()}
     directory = write_directory(tmp_path / "model", LLAMA, weights)

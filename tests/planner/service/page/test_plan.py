@@ -203,10 +203,3 @@ def test_nothing_hinders_people(page, pictures):
     for fold in page.locator("details > summary").all():
         fold.click()
     nothing_hinders(page, pictures, "plan")
-
-
-@pytest.mark.slow
-def test_nothing_hinders_people_in_the_list(browser, served, plan, misfit, pictures):
-    with tab(browser, at(served, "plans")) as page:
-        expect(page.locator(f"tr[data-id='{plan}']")).to_be_visible()
-        nothing_hinders(page, pictures, "plans")
