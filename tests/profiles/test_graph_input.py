@@ -81,14 +81,6 @@ def op(name, *inputs, **fields):
             "field operators.1.seconds (operator 'b'): Input should be a valid number (got '1.0')",
         ),
         (
-            graph(op("a"), op("b", seconds=True)),
-            "field operators.1.seconds (operator 'b'): Input should be a valid number (got True)",
-        ),
-        (
-            graph(op("a"), op("b", output_bytes="10")),
-            "field operators.1.output_bytes (operator 'b'): Input should be a valid integer (got '10')",
-        ),
-        (
             graph(op("a"), op("b", workspace_bytes=True)),
             "field operators.1.workspace_bytes (operator 'b'): Input should be a valid integer (got True)",
         ),
@@ -100,12 +92,7 @@ def op(name, *inputs, **fields):
             graph(op("a"), op("b", recomputable="no")),
             "field operators.1.recomputable (operator 'b'): Input should be a valid boolean (got 'no')",
         ),
-        (
-            graph(op("a"), op("b", keep_until_end=1)),
-            "field operators.1.keep_until_end (operator 'b'): Input should be a valid boolean (got 1)",
-        ),
         (graph(op("a"), op("b"), fixed_bytes="7"), "field fixed_bytes: Input should be a valid integer (got '7')"),
-        (graph(op("a"), op("b"), estimated="yes"), "field estimated: Input should be a valid boolean (got 'yes')"),
         (graph(op("a"), op("b"), version=True), "field version: Input should be a valid integer (got True)"),
         (
             graph(op("a"), op("b"), read={"bytes_per_second": "1e9"}),
