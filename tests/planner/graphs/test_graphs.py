@@ -238,7 +238,6 @@ def test_paths_make_a_linear_program_of_many_moments_better():
     assert bounds[-1] > 1.1 * bounds[0]
 
 
-@pytest.mark.slow
 def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
     """Their bound is above that of the first moments alone."""
     dag = dag_of(graph_profile(layered(60)))
