@@ -10,6 +10,7 @@ backward.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch import eager_transforms
-from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.autograd.function import FunctionCtx, FunctionMeta, _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -98,6 +99,8 @@ class CustomFunctions:
         Raises InputError for a Function that changes its input in place.
         """
         inside = False
+        gradients: bool | None = None
+        """whether whoever calls a Function wants gradients, where PyTorch's own `apply` does, which computes without them"""
 
         def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
             nonlocal inside
@@ -113,9 +116,11 @@ class CustomFunctions:
             if use is None:
                 use = _FunctionUse(function, arguments, form)
                 self.uses.append(use)
+            wanted = torch.is_grad_enabled() if gradients is None else gradients
             inside = True
             try:
-                return use.shaped(use.operator(tensors))
+                made = use.operator(tensors)
+                return use.shaped(made if wanted else [tensor.detach() for tensor in made])
             finally:
                 inside = False
 
@@ -125,9 +130,36 @@ class CustomFunctions:
                 f"the autograd Function {name} changes its input in place (mark_dirty); let it return a new tensor"
             )
 
-        # Patched in the base class, so that references to `apply` taken earlier are recorded too.
+        def looked_up(function: type[torch.autograd.Function], name: str) -> Any:
+            """What a Function's class has: in the place of `apply` the one above. A reference to `apply` that was taken earlier is
+            PyTorch's, which looks up the class of the backward, then, without gradients, `forward` and `setup_context`.
+            """
+            nonlocal gradients
+            found = type.__getattribute__(function, name)
+            if inside or type.__getattribute__(function, "__module__").partition(".")[0] == "torch":
+                return functools.partial(apply, function) if name == "apply" and function is CheckpointFunction else found
+            if name == "apply":
+                return functools.partial(apply, function)
+            if name == "_backward_cls":
+                gradients = torch.is_grad_enabled()
+            in_context = type.__getattribute__(function, "setup_context") is _SingleLevelFunction.setup_context
+            if name == "setup_context" and not in_context:
+                return lambda *_: None
+            if name != "forward":
+                return found
+
+            @functools.wraps(found)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal gradients
+                try:
+                    return apply(function, *args[in_context:], **kwargs)
+                finally:
+                    gradients = None
+
+            return forward
+
         with (
-            mock.patch.object(_SingleLevelFunction, "apply", classmethod(apply), create=True),
+            mock.patch.object(FunctionMeta, "__getattribute__", looked_up),
             mock.patch.object(FunctionCtx, "mark_dirty", mark_dirty),
         ):
             yield
@@ -158,7 +190,7 @@ class DetachWithoutGrad(TorchFunctionMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         # Before it traces, torch.export makes fake tensors of parameters and buffers, and of a view it wants a view.
-        if torch.is_grad_enabled() or get_proxy_mode() is None:
+        if torch.is_grad_enabled() or get_proxy_mode() is None or getattr(function, "namespace", None) == _NAMESPACE:
             return result
         input_ids = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
 
