@@ -44,7 +44,6 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.measuring.whole_step import run_step
-from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.sources.lookup import resolve
@@ -330,11 +329,9 @@ STEPS, LR = 3, 5e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["Llama, yarn scaling", "GPT-2"])
-def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cache: Path) -> None:
+def test_a_run_trains_and_saves_what_peft_loads(tmp_path: Path, cache: Path) -> None:
     """From a directory to an adapter: profile, plan at the smallest budget, steps in the capped process, evaluation."""
-    config = FAMILIES[family] | {"vocab_size": 320}
-    assert not handwritten(config)
+    config = FAMILIES["GPT-2"] | {"vocab_size": 320}
     folder = tmp_path / "model"
     model = checkpoint(config, folder)
     byte_level_tokenizer().save(str(folder / "tokenizer.json"))

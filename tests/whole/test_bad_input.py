@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from damage import CONFIG, ROWS, SEQ, cut, files, flip, lines
+from damage import CONFIG, ROWS, cut, files, flip, lines
 from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
 from tightfit.planner.io import load_plan, save_plan
@@ -206,21 +206,6 @@ def test_bad_data_names_every_line(refused, tightfit, work, tmp_path):
     assert files(out) == {}
     data.write_text(lines(ROWS))
     assert tightfit(*run)[0] == 0
-
-
-@pytest.mark.slow
-def test_a_sequence_longer_than_planned(refused, tightfit, work, tmp_path):
-    data, out = tmp_path / "d.jsonl", tmp_path / "out"
-    data.write_text(lines([ROWS[0], {"prompt": "over", "completion": "1234567890" * 4}]))
-    run = ("run", work / "plan.json", "--data", data, "--steps", 1, "-o", out)
-    said = refused(2, *run)
-    bad = said.splitlines()[1]
-    needed = int(bad.removeprefix(f"{data}:2: ").split()[0])
-    assert needed > SEQ
-    assert bad == f"{data}:2: {needed} positions where the plan has {SEQ}"
-    assert f"a profile with --seq {needed}" in said.splitlines()[2]
-    assert files(out) == {}
-    assert tightfit(*run, "--truncate")[0] == 0
 
 
 def test_an_earlier_run_stays_as_it_is(refused, tightfit, work, tmp_path):

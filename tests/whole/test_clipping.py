@@ -29,8 +29,8 @@ from tightfit.runtime.session.launch import run
 from tightfit.runtime.session.session import Session
 
 STEPS, LR = 12, 5e-3
-LIMITS = {1: 1.0, 3: 0.4}
-"""by steps of an update: above some of the norms, and below others"""
+TOGETHER, LIMIT = 3, 0.4
+"""steps of an update, and a limit above some of the norms and below others"""
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative, it is not"},
@@ -38,10 +38,9 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 3])
-def decoder(request: pytest.FixtureRequest, llama_of_one: Profile) -> Profile:
-    """With one step, and with several, to an update."""
-    return llama_of_one.model_copy(update={"optimizer": adamw(request.param)})
+@pytest.fixture(scope="module")
+def decoder(llama_of_one: Profile) -> Profile:
+    return llama_of_one.model_copy(update={"optimizer": adamw(TOGETHER)})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def smallest(made: Profile, limit: float) -> Plan:
 def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run at the smallest budget, with every checkpoint."""
     out = tmp_path_factory.mktemp("whole")
-    made = smallest(decoder, LIMITS[decoder.accumulate])
+    made = smallest(decoder, LIMIT)
     report = run(made, data, steps=STEPS, out=out, lr=LR, packing=False, checkpoint_every=2, keep_checkpoints=STEPS)
     assert report["peak_bytes"]["measured"] <= made.peak_bytes
     return out, report
@@ -69,9 +68,9 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
     out, report = whole
-    limit, adamw_of = LIMITS[decoder.accumulate], partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
-    losses, norms, trained = updates_of_large_batches(decoder, out, STEPS, adamw_of, limit=limit)
-    assert min(norms) < LIMITS[decoder.accumulate] < max(norms)
+    adamw_of = partial(torch.optim.AdamW, lr=LR, weight_decay=0.0)
+    losses, norms, trained = updates_of_large_batches(decoder, out, STEPS, adamw_of, limit=LIMIT)
+    assert min(norms) < LIMIT < max(norms)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
     assert report["grad_norm"] == pytest.approx(norms, rel=1e-4)
     found = state_of(out, STEPS)
@@ -80,16 +79,15 @@ def test_updates_are_those_of_peft_clipped_by_pytorch(decoder: Profile, whole: t
         assert relative_error(own, expected) < 1e-3, name
 
 
-@pytest.mark.slow_but_for("3")
 def test_norms_are_in_the_metrics_of_each_update_and_the_update_in_the_report(
-    decoder: Profile, whole: tuple[Path, dict[str, Any]]
+    whole: tuple[Path, dict[str, Any]],
 ) -> None:
     out, report = whole
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     told = {line["step"]: line["grad_norm"] for line in lines if "grad_norm" in line}
-    assert list(told) == list(range(decoder.accumulate, STEPS + 1, decoder.accumulate))
+    assert list(told) == list(range(TOGETHER, STEPS + 1, TOGETHER))
     assert list(told.values()) == report["grad_norm"]
-    assert report["max_grad_norm"] == LIMITS[decoder.accumulate]
+    assert report["max_grad_norm"] == LIMIT
     update = report["phases"]["update"]
     assert 0 < update["peak_bytes"]["measured"] <= update["peak_bytes"]["predicted"]
     assert update["seconds"]["predicted"] > 0
@@ -101,17 +99,16 @@ def test_norms_are_in_the_metrics_of_each_update_and_the_update_in_the_report(
 def test_a_run_goes_on_with_the_same_bits_by_a_plan_that_spills(
     decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """From checkpoints at the end of an update and, where several steps make one, in its midst, which alone hold sums."""
-    limit = LIMITS[decoder.accumulate]
-    spilling = spilling_plan(clipped(decoder, limit))
-    assert spilling.train.instructions != smallest(decoder, limit).train.instructions
+    """From checkpoints at the end of an update and in its midst, which alone hold sums."""
+    spilling = spilling_plan(clipped(decoder, LIMIT))
+    assert spilling.train.instructions != smallest(decoder, LIMIT).train.instructions
     for step in (4, 6):
         part = tmp_path / str(step)
         shutil.copytree(whole[0], part)
         for later in range(step + 2, STEPS + 1, 2):
             shutil.rmtree(part / f"checkpoint-{later}")
         sums = [tensor for name, tensor in state_of(part, step).items() if "grad_sum:" in name]
-        assert any(tensor.any() for tensor in sums) == bool(sums) == bool(step % decoder.accumulate)
+        assert any(tensor.any() for tensor in sums) == bool(sums) == bool(step % TOGETHER)
         report = run(spilling, data, steps=STEPS, out=part, lr=LR, packing=False, checkpoint_every=2, resume=True)
         assert report["resumed_step"] == step
         assert (report["loss"], report["grad_norm"]) == (whole[1]["loss"], whole[1]["grad_norm"])
@@ -120,7 +117,6 @@ def test_a_run_goes_on_with_the_same_bits_by_a_plan_that_spills(
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow_but_for("3")
 def test_a_run_does_not_go_on_with_another_limit(
     decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -132,7 +128,7 @@ def test_a_run_does_not_go_on_with_another_limit(
     ):
         with pytest.raises(
             InputError,
-            match=f"was made with gradients clipped to {LIMITS[decoder.accumulate]:g}, {words}; resume with the same",
+            match=f"was made with gradients clipped to {LIMIT:g}, {words}; resume with the same",
         ):
             run(
                 plan(decoder, 1 << 40, max_grad_norm=limit),
@@ -143,19 +139,6 @@ def test_a_run_does_not_go_on_with_another_limit(
                 packing=False,
                 resume=True,
             )
-
-
-@pytest.mark.slow
-def test_a_limit_that_no_norm_reaches_changes_no_bit(decoder: Profile, data: Path, tmp_path: Path) -> None:
-    reports = {}
-    for limit in (None, 1e9):
-        made = plan(decoder, 1 << 40, max_grad_norm=limit)
-        reports[limit] = run(made, data, steps=6, out=tmp_path / str(limit), lr=LR)
-    adapters = [(tmp_path / str(limit) / "adapter" / "adapter_model.safetensors").read_bytes() for limit in reports]
-    assert adapters[0] == adapters[1]
-    assert reports[None]["loss"] == reports[1e9]["loss"]
-    assert "grad_norm" not in reports[None]
-    assert "update" not in reports[None]["phases"]
 
 
 @pytest.mark.slow

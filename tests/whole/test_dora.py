@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fleets import Workshop, adapter_hash, ended
+from fleets import adapter_hash
 from in_process import make_training, random_records
 from interpreter import run_step as plain_step
 from reference import (
@@ -120,11 +120,8 @@ class Case:
         return loss_and_gradients(self.traced, self.weights | self.trained, self.batch)
 
 
-CASES = [(family, setting) for family in FAMILIES for setting in SETTINGS]
-
-
 @pytest.mark.slow_but_for("llama-attention")
-@pytest.mark.parametrize(("family", "setting"), [*CASES, ("llama", "by pattern")])
+@pytest.mark.parametrize(("family", "setting"), [("llama", "attention"), ("gpt2", "all"), ("llama", "by pattern")])
 def test_loss_and_gradients_are_those_of_peft(family: str, setting: str, tmp_path: Path) -> None:
     lora = SETTINGS.get(setting, BY_PATTERN)
     case = Case(FAMILIES[family], lora, tmp_path, torch.float32)
@@ -154,10 +151,8 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(tmp_path:
         assert errors[0][-1] < 1.5 * errors[1][-1]
 
 
-@pytest.mark.slow_but_for("gpt2")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(family: str, tmp_path: Path) -> None:
-    case = Case(FAMILIES[family], LoraConfig(rank=4, dropout=0.2, dora=True), tmp_path, torch.float32)
+def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(tmp_path: Path) -> None:
+    case = Case(FAMILIES["gpt2"], LoraConfig(rank=4, dropout=0.2, dora=True), tmp_path, torch.float32)
     masked: dict[str, MaskedDropout] = {}
     for layer in case.traced.layers:
         program = next(program for program in case.traced.programs if program.name == layer.program)
@@ -366,16 +361,3 @@ def test_a_device_that_is_not_here_is_given_what_is_measured_here(made: Profile)
     added = [spent[f"tightfit.dora_{name}"] for name in ("norm", "scale", "scale_backward")]
     assert min(added) > 0
     assert sum(added) < spent["tightfit.projection"] + spent["tightfit.projection_backward"]
-
-
-@pytest.mark.slow
-def test_fleets_of_two_train_what_one_process_does(tmp_path: Path) -> None:
-    """Data parallel, and as a pipeline, whose members find the magnitudes of their own layers."""
-    workshop = Workshop(tmp_path, 3, layers=2, lora=LoraConfig(rank=4, dora=True))
-    options: dict[str, Any] = {"steps": 3, "lr": 1e-2, "seed": 3, "checkpoint_every": 0}
-    expected = workshop.alone(tmp_path / "alone", **options)
-    shared = workshop.fleet((2, 1), (("memory", "memory"), ("disk", "disk")))
-    for name, fleet in (("data", shared), ("pipeline", workshop.pipeline((2,), (1, 0)))):
-        found = ended(workshop.start(fleet, tmp_path / name, **options))
-        assert [code for code, _ in found.values()] == [0, 0], found
-        assert adapter_hash(tmp_path / name / "m0") == expected

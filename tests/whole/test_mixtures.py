@@ -1,4 +1,4 @@
-"""Runs of mixtures of experts: within their cap whatever the router chooses, the same bits at every budget and after a kill."""
+"""Runs of mixtures of experts: within their cap whatever the router chooses, the same bits at every budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from decoder_families import sized
 from fleets import adapter_hash
-from killed_runs import run_with_a_kill
 from reference import checkpoint, random_model
 from safetensors.torch import load_file, save_file
 from three_plans import losses_of_equal_runs, three_plans
@@ -88,14 +87,6 @@ def test_matrices_of_experts_without_rows_are_not_read(tmp_path: Path, data: str
     assert not any(left_out["held"])
     assert len(left_out["streamed"]) == STEPS
     assert min(left_out["streamed"]) >= unneeded * matrices * layers
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(mixture: Profile, data: str, tmp_path: Path) -> None:
-    roomy, small, _ = three_plans(mixture)
-    run(roomy, data, out=tmp_path / "whole", **TRAINING)
-    killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
-    assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -42,7 +42,6 @@ from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.problem.build_layers import layered
-from tightfit.planner.problem.clipping import clipped
 from tightfit.planner.report.summary import adapter_words
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
@@ -103,7 +102,10 @@ CHOICES = {
     "both": (True, True),
 }
 COMPARED = [
-    *((family, choice) for family in ("Llama, tied", "Qwen2, apart", "GPT-2, tied") for choice in CHOICES),
+    ("Llama, tied", "embedding"),
+    ("Llama, tied", "head"),
+    ("Qwen2, apart", "head"),
+    ("GPT-2, tied", "both"),
     ("Gemma 3, tied and scaled", "both"),
     ("Gemma 2, capped", "both"),
 ]
@@ -304,38 +306,6 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
         change = value.detach() - start[key]
         assert float((tensors[key] - value.detach()).norm()) < 0.1 * float(change.norm()), key
         assert float(change.norm()) > 0
-
-
-@pytest.mark.slow
-def test_clipped_runs_at_two_budgets_give_the_same_bits_and_the_norm_of_autograd(
-    measured: Profile, base: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """The smaller budget has values, states and sums of slices on disk; the first norm is that of transformers + peft, whose
-    pairs and tables are at their initial values.
-    """
-    limit = 0.5
-    planner = ModelPlanner(clipped(measured, limit))
-    small = planner.plan(planner.minimum().peak_bytes)
-    away = [name for name, place in small.decisions.items() if place == "offloaded"]
-    assert any(table_slice(name) for name in away)
-    assert any(name.startswith("grad_sum:") and table_slice(name.removeprefix("grad_sum:")) for name in away)
-    reports = {}
-    for name, made in (("large", planner.plan(1 << 40)), ("small", small)):
-        reports[name] = run(made, base[1], steps=3, out=tmp_path / name, lr=LR, weight_decay=0.0, packing=False)
-        assert reports[name]["peak_bytes"]["measured"] <= made.peak_bytes
-    assert adapter_hash(tmp_path / "small") == adapter_hash(tmp_path / "large")
-    assert reports["small"]["grad_norm"] == reports["large"]["grad_norm"]
-    assert min(reports["small"]["grad_norm"]) > limit
-
-    model = random_model(LARGE)
-    take(model, stored_weights(measured.model.store), LARGE)
-    loaded = adapted_by_peft(model, tmp_path / "large" / "adapter")
-    theirs = held_by_peft(loaded)
-    begin_again(loaded, theirs)
-    (batch,) = training_batches(tmp_path / "large", 1, RUN_BATCH, RUN_SEQ)
-    loss_of(loaded, *batch).backward()
-    exact = float(torch.nn.utils.clip_grad_norm_(theirs.values(), limit))
-    assert reports["large"]["grad_norm"][0] == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tiny_plans import module_profile, naive_plan
 from torch import Tensor, nn
 
-from tightfit import Session, plan, profile, run
 from tightfit.planner.fleet.members import check_one_model
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
@@ -182,30 +181,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(made: Profile, data: str, tmp_path: P
     losses += [second.step(number) for number in (3, 4)]
     assert (losses, second.evaluate(data, lambda *_: None)["loss"]) == (whole[0], whole[2])
     second.close()
-
-
-@pytest.mark.slow
-def test_a_run_under_the_smallest_cap_that_is_resumed(tmp_path: Path, cache: Path) -> None:
-    expected, before, after, module = in_eager()
-    measured = profile(f"{__name__}:resnet")
-    assert measured.model.compared is not None
-    assert measured.model.compared.startswith(
-        "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, "
-    )
-    planned = plan(measured, ModelPlanner(measured).minimum().peak_bytes)
-    batches = [batch(seed) for seed in range(STEPS)]
-    run(planned, batches, steps=2, out=tmp_path, lr=LR, eval_data=batches)
-    report = run(planned, batches, steps=STEPS, out=tmp_path, lr=LR, eval_data=batches, resume=True)
-    with Session(planned, out=tmp_path / "session", lr=LR) as session:
-        first = session.loss(*batches[0])
-        assert [session.step(*one) for one in batches] == report["loss"]
-        assert session.loss(*batches[0]) != first
-    assert report["loss"] == pytest.approx(expected, rel=2e-4)
-    found = [report["evaluation"][when]["loss"] for when in ("before", "after")]
-    assert found == pytest.approx([before, after], rel=2e-4)
-    saved = load_file(tmp_path / "model" / "model.safetensors")
-    for name, value in module.state_dict().items():
-        torch.testing.assert_close(saved[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_ways_to_train_that_do_not_keep_them_refuse(made: Profile) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from federated_fleets import needs_flower, tiny_split_fleet
-from federating import LIMIT, RATE, adapter, adapter_of_rounds, ended, lines, processes, until
+from federating import LIMIT, RATE, adapter, adapter_of_rounds, ended, processes, until
 
 from tightfit.planner.fleet.io import load_member_plan, load_server_plan
 from tightfit.planner.io import save_plan
@@ -170,26 +170,3 @@ def test_a_device_that_is_killed_while_it_is_served_is_left_out_and_comes_back(a
     again = join("b")
     ended(server, one, again)
     assert adapter(tmp_path / "out") == expected
-
-
-@pytest.mark.slow
-@needs_flower
-def test_without_a_device_rounds_go_on(apart, tmp_path):
-    serve, join = apart
-    server, one = serve("--min", 1, "--grace", 6), join("a")
-    ended(server, one)
-    assert [list(line["members"]) for line in lines(tmp_path / "out")] == [["a"], ["a"]]
-    assert lines(tmp_path / "out")[0]["left_out"] == {"b": "it did not answer"}
-
-
-@pytest.mark.slow
-@needs_flower
-def test_a_server_that_is_killed_goes_on(apart, expected, tmp_path):
-    serve, join = apart
-    server, one, other = serve("--min", 2), join("a"), join("b")
-    until(lambda: len(lines(tmp_path / "out")) == 1, server, one, other)
-    server.kill()
-    again = serve("--min", 2, "--resume")
-    ended(again, one, other)
-    assert adapter(tmp_path / "out") == expected
-    assert [line["round"] for line in lines(tmp_path / "out")] == [1, 2]

@@ -1,4 +1,4 @@
-"""Runs whose layers take a part of the batch at a time: within their cap, the same bits at every budget and after a kill, and the
+"""Runs whose layers take a part of the batch at a time: within their cap, the same bits at every budget, and the
 losses of all tokens at once.
 """
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleets import adapter_hash
-from killed_runs import run_with_a_kill
 from three_plans import losses_of_equal_runs, three_plans
 from tiny_plans import CONFIG
 
@@ -56,14 +54,6 @@ def test_every_plan_gives_the_same_bits_within_its_cap(tiled: Profile, data: str
     losses = losses_of_equal_runs(three_plans(tiled), data, tmp_path, TRAINING)
     whole = run(plan(profiled(tmp_path, None), 1 << 30), data, out=tmp_path / "whole", **TRAINING)
     assert losses == pytest.approx(whole["loss"], rel=2e-3)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(tiled: Profile, data: str, tmp_path: Path) -> None:
-    roomy, small, _ = three_plans(tiled)
-    run(roomy, data, out=tmp_path / "whole", **TRAINING)
-    killed = run_with_a_kill(small, data, tmp_path, steps=STEPS, lr=TRAINING["lr"], seed=TRAINING["seed"])
-    assert adapter_hash(killed) == adapter_hash(tmp_path / "whole")
 
 
 @pytest.mark.slow

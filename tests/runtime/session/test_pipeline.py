@@ -27,8 +27,8 @@ def expected(workshop):
 @pytest.mark.slow_but_for("two ahead")
 @pytest.mark.parametrize(
     ("at", "ahead"),
-    [((2,), (0, 0)), ((3,), (2, 0)), ((2, 3), (2, 1, 0)), ((2, 4), (0, 0, 0)), ((3,), (9, 0))],
-    ids=["in turns", "two ahead", "three members", "three in turns", "further ahead than a step"],
+    [((3,), (2, 0)), ((2, 4), (0, 0, 0)), ((3,), (9, 0))],
+    ids=["two ahead", "three in turns", "further ahead than a step"],
 )
 def test_the_adapter_is_that_of_one_uncut_process(workshop, expected, tmp_path, at, ahead):
     fleet = workshop.pipeline(at, ahead)
@@ -58,18 +58,6 @@ def test_what_routers_have_summed_up_goes_from_member_to_member(tmp_path, dense)
 
 
 @pytest.mark.slow
-def test_an_evaluation_goes_through_all_members(workshop, tmp_path):
-    options = OPTIONS | {"eval_data": "random"}
-    workshop.alone(tmp_path / "alone", **options)
-    found = ended(workshop.start(workshop.pipeline((3,), (1, 0)), tmp_path, **options))
-    assert [code for code, _ in found.values()] == [0, 0], found
-    wanted = json.loads((tmp_path / "alone" / "report.json").read_text())["evaluation"]
-    for name in found:
-        told = json.loads((tmp_path / name / "report.json").read_text())["evaluation"]
-        assert {when: one["loss"] for when, one in told.items()} == {when: one["loss"] for when, one in wanted.items()}
-
-
-@pytest.mark.slow
 def test_messages_of_8_bits_are_another_result_near_the_exact_one(workshop, expected, tmp_path):
     found = ended(workshop.start(workshop.pipeline((3,), (1, 0), bits=8), tmp_path, **OPTIONS))
     assert [code for code, _ in found.values()] == [0, 0], found
@@ -80,7 +68,7 @@ def test_messages_of_8_bits_are_another_result_near_the_exact_one(workshop, expe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["m0", "m1", "m2"])
+@pytest.mark.parametrize("victim", ["m0", "m1"])
 def test_when_a_member_is_killed_the_others_save_and_all_go_on_from_what_all_have(workshop, tmp_path, victim):
     options = OPTIONS | {"steps": 3000, "checkpoint_every": 10}
     fleet = workshop.pipeline((2, 3), (2, 1, 0))

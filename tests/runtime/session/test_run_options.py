@@ -104,15 +104,6 @@ def test_evaluations_between_the_steps_are_those_of_runs_that_end_there(whole, p
 
 
 @pytest.mark.slow
-def test_another_budget_gives_the_same(whole, plans, data, asked, tmp_path):
-    report, out = whole
-    other = run(plans[1], data, out=tmp_path / "run", cgroup=False, **asked)
-    assert other["loss"] == report["loss"]
-    assert untimed(other) == untimed(report)
-    assert (adapter(tmp_path / "run"), adapter(tmp_path / "run", "best")) == (adapter(out), adapter(out, "best"))
-
-
-@pytest.mark.slow
 def test_an_epoch_may_be_the_interval(plans, data, asked, tmp_path):
     report = run(plans[0], data, out=tmp_path, **asked | {"epochs": 2.0, "eval_every": "1 epoch"})
     # 2.5 steps, of which Python rounds to the even number

@@ -483,22 +483,6 @@ def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Pa
         run(naive, "random", steps=2, out=tmp_path, resume=True)
 
 
-@pytest.mark.slow
-def test_a_folder_of_data_of_one_s_own_stays(naive: Plan, tmp_path: Path) -> None:
-    """Beside what an earlier run had made of its data there."""
-    run(naive, "random", steps=1, out=tmp_path)
-    (tmp_path / "data" / "texts.jsonl").write_text("mine")
-    with Session(naive, out=tmp_path, overwrite=True) as session:
-        session.step(torch.ones(2, 24, dtype=torch.int64))
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["texts.jsonl"]
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "data").symlink_to(tmp_path / "data")
-    with Session(naive, out=other):
-        pass
-    assert (other / "data" / "texts.jsonl").read_text() == "mine"
-
-
 @pytest.mark.slow_but_for("False")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Python 3.12 on, where there are threads
 @pytest.mark.parametrize("middle", [False, True])

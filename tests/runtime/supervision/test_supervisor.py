@@ -135,16 +135,6 @@ def test_a_failure_is_told_as_the_command_tells_it(begin, tmp_path):
     assert err.endswith(f"tightfit: {error['message']}\n")
 
 
-@pytest.mark.slow
-def test_a_finished_run_says_so(begin, tmp_path):
-    first = begin(tmp_path / "out", "--steps", "2", "--json")
-    report = json.loads(first.communicate(timeout=120)[0])
-    again = begin(tmp_path / "out", "--steps", "2", "--resume", "--json")
-    out, err = again.communicate(timeout=120)
-    assert json.loads(out) == report
-    assert err.endswith("already done: {} has all 2 steps; give more --steps to go on\n".format(tmp_path / "out"))
-
-
 def test_a_run_whose_supervisor_is_killed_is_saved(begin, tmp_path):
     out = tmp_path / "out"
     process = begin(out, "--steps", "100000")
