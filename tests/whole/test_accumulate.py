@@ -57,20 +57,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run at the smallest budget, with every checkpoint."""
+    """A run at the smallest budget."""
     out = tmp_path_factory.mktemp("whole")
     smallest = spilling_plan(decoder)
-    report = run(
-        smallest,
-        data,
-        steps=STEPS,
-        out=out,
-        lr=LR,
-        schedule="linear",
-        packing=False,
-        checkpoint_every=2,
-        keep_checkpoints=STEPS,
-    )
+    report = run(smallest, data, steps=STEPS, out=out, lr=LR, schedule="linear", packing=False)
     assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
     return out, report
 
@@ -86,28 +76,6 @@ def test_updates_are_those_of_one_large_batch(decoder: Profile, whole: tuple[Pat
         own = found[f"base_model.model.{name}"]
         assert relative_error(own, expected) < 1e-3, name
         assert not found[f"grad_sum:{name}"].any(), name
-
-
-@pytest.mark.slow
-def test_the_sums_of_an_update_that_is_under_way_outlast_an_interruption(
-    decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    """From every checkpoint, most of them between updates, the run goes on to the bit; with all the memory that it can use."""
-    roomy = plan(decoder, 1 << 40)
-    for step in (2, 4, 6):
-        part = tmp_path / str(step)
-        shutil.copytree(whole[0], part)
-        for later in range(step + 2, STEPS + 1, 2):
-            shutil.rmtree(part / f"checkpoint-{later}")
-        assert any(tensor.any() for name, tensor in state_of(part, step).items() if "grad_sum:" in name) == (step != 6)
-        report = run(
-            roomy, data, steps=STEPS, out=part, lr=LR, schedule="linear", packing=False, checkpoint_every=2, resume=True
-        )
-        assert report["resumed_step"] == step
-        assert report["loss"] == whole[1]["loss"]
-        mine, theirs = state_of(part, STEPS), state_of(whole[0], STEPS)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
@@ -144,16 +112,6 @@ def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
         # Where a gradient is all but zero, Adam's quotient is of any size.
         apart = ~torch.isclose(value, module.state_dict()[name], rtol=1e-3, atol=1e-5)
         assert float(apart.float().mean()) < 2e-3, name
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup", [0, 2])
-def test_rates_are_those_of_one_large_batch(schedule: str, warmup: int) -> None:
-    """Everything that counts steps counts four times as many; what the rates of single steps are is told elsewhere."""
-    large = AdamW(lr=LR, schedule=schedule, warmup_steps=warmup, total_steps=10)
-    small = AdamW(lr=LR, schedule=schedule, warmup_steps=4 * warmup, total_steps=40)
-    for update in range(1, 11):
-        assert small.rate(4 * update, 4) == pytest.approx(large.rate(update), rel=1e-12)
 
 
 def test_a_warmup_that_ends_within_an_update_never_exceeds_the_rate() -> None:

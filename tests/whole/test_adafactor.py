@@ -1,35 +1,25 @@
-"""Runs with Adafactor: against torch.optim.Adafactor on matrices, vectors, kernels of convolutions, bfloat16 and LoRA pairs, at
+"""Runs with Adafactor: against torch.optim.Adafactor on matrices, vectors, kernels of convolutions and bfloat16, at
 two budgets; smallest budgets beside AdamW's.
 """
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from mixed_parameters import FACTORY, batch
-from reference import relative_error, updates_of_large_batches
 from safetensors.torch import load_file
-from spilling_plans import spilling_plan
 from torch import Tensor, nn
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.profiles.api import profile
-from tightfit.profiles.schema import Profile, adamw
 from tightfit.profiles.sources.factory import build_module, narrowed
 from tightfit.runtime.session.launch import run
 
 STEPS, LR = 6, 1e-2
-ROWS = [
-    {"prompt": "Is the fox quick? ", "completion": "positive"},
-    {"prompt": "lazy dog? ", "completion": "negative, it is not"},
-    {"text": "The quick brown fox jumps over the lazy dog."},
-]
 CHECKPOINT = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -117,27 +107,3 @@ def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
     # Where all states stay in memory, AdamW's are as large as the parameters twice over.
     roomy = {name: plan(measured, 1 << 40, optimizer=name).peak_bytes for name in ("adamw", "adafactor")}
     assert roomy["adamw"] - roomy["adafactor"] > 60 << 20
-
-
-@pytest.mark.slow
-def test_pairs_are_trained_as_by_peft(llama_of_one: Profile, tmp_path: Path) -> None:
-    """With the gradients of several steps to an update, clipped; at the smallest budget and with ample memory."""
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    limit, profiled = 0.4, llama_of_one.model_copy(update={"optimizer": adamw(3)})
-    step = chosen(profiled, "adafactor", limit)
-    small, roomy = spilling_plan(step), ModelPlanner(step).plan(1 << 40)
-    assert small.train.instructions != roomy.train.instructions
-    saved = []
-    for made in (small, roomy):
-        out = tmp_path / str(made.budget_bytes)
-        report = run(made, data, steps=STEPS, out=out, lr=LR, packing=False)
-        assert report["peak_bytes"]["measured"] <= made.peak_bytes
-        saved.append(load_file(out / "adapter" / "adapter_model.safetensors"))
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-
-    adafactor_of = partial(torch.optim.Adafactor, lr=LR)
-    losses, _, trained = updates_of_large_batches(profiled, out, STEPS, adafactor_of, limit=limit)
-    assert report["loss"] == pytest.approx(losses, rel=2e-5)
-    for name, expected in trained.items():
-        assert relative_error(saved[0][f"base_model.model.{name}"], expected) < 1e-3, name

@@ -14,7 +14,7 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory, w
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.profiles import api
-from tightfit.profiles.api import load_profile, save_profile
+from tightfit.profiles.api import load_profile
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.schema import PROFILE_VERSION, Operand, Operator, Program, Value
 from tightfit.profiles.sources.lookup import resolve
@@ -24,8 +24,6 @@ from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.data.samples import FORMS
 from tightfit.runtime.engine.weights.store import WeightStore
-
-SIZES = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
 
 @pytest.fixture(autouse=True)
@@ -334,16 +332,8 @@ def test_a_config_that_cannot_be_used(refused, tmp_path, case):
             "no device is called 'tpu9'; choose cpu (this machine, measured), one of amx-2core,",
         ),
         (["MODEL", "--dtype", "int3"], "--dtype 'int3': it should be 'bfloat16' or 'float32'"),
-        (["MODEL", "--seq", "-5"], "--seq -5: it should be greater than or equal to 1"),
         (["MODEL", "--batch", str(10**18)], "--batch 1000000000000000000: it should be less than or equal to 65536"),
-        (["MODEL", "--batch", "-1"], "--batch -1: it should be greater than or equal to 1"),
-        (["MODEL", "--threads", "-2"], "--threads -2: it should be greater than or equal to 1"),
-        (["MODEL", "--threads", "0"], "--threads 0: it should be greater than or equal to 1"),
-        (["MODEL", "--threads", "4097"], "--threads 4097: it should be less than or equal to 4096"),
-        (["MODEL", "--lora-rank", "-8"], "--lora-rank -8: it should be greater than or equal to 1"),
-        (["MODEL", "--lora-rank", "100000"], "--lora-rank 100000: it should be less than or equal to 16384"),
         (["MODEL", "--lora-alpha", "nan"], "--lora-alpha nan: it should be a finite number"),
-        (["MODEL", "--lora-alpha", "-2"], "--lora-alpha -2.0: it should be greater than 0"),
         (
             ["MODEL", "--seq", "4000"],
             "--seq 4000 is longer than the 256 positions that model was trained for; use --seq 256",
@@ -385,14 +375,6 @@ def test_what_ends_before_it_is_asked_is_told_by_its_last_words(tmp_path):
 # --- budgets -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", ["600XB", "-5MiB", "0", "0.3", "lots", "9e9", "9223372036854775808"])
-def test_sizes_that_are_none(refused, work, tmp_path, size):
-    said = refused(2, "plan", work / "profile.json", f"--memory={size}", "-o", tmp_path / "plan.json")
-    assert said.startswith(f"{size!r} is ")
-    assert said.endswith(f"; {SIZES}")
-    assert list(tmp_path.iterdir()) == []
-
-
 def infeasible(tightfit, profile, budget, output):
     """The smallest feasible budget, as --json tells a program and stderr a person."""
     code, out, err = tightfit("plan", profile, "--memory", budget, "-o", output, "--time-limit", 600, "--json")
@@ -415,18 +397,6 @@ def test_a_budget_under_the_floor(tightfit, work, tmp_path):
     code, _, _ = tightfit("plan", work / "profile.json", "--memory", told["minimum_budget_bytes"], "-o", path)
     assert code == 0
     assert load_plan(path).peak_bytes <= told["minimum_budget_bytes"]
-
-
-@pytest.mark.slow
-def test_a_budget_between_the_floor_and_what_is_feasible(tightfit, lean, smallest, tmp_path):
-    save_profile(lean, tmp_path / "profile.json")
-    path = tmp_path / "plan.json"
-    told = infeasible(tightfit, tmp_path / "profile.json", lean.device.floor.held_bytes + 4096, path)
-    assert told["minimum_budget_reason"].startswith("the smallest plan peaks at ")
-    assert not path.exists()
-    assert smallest.status in ("optimal", "feasible")
-    assert lean.device.floor.held_bytes < smallest.peak_bytes <= smallest.budget_bytes
-    assert smallest.budget_bytes == told["minimum_budget_bytes"]
 
 
 @pytest.mark.slow

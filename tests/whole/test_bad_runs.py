@@ -334,11 +334,6 @@ RUNS = {
         "FOLDER/e.jsonl: no such file; data are a .jsonl or .jsonl.gz file, ",
     ),
     "nothing to resume": (["--resume"], "FOLDER/out holds no checkpoint to resume from; leave out --resume to start"),
-    "no such schedule": (
-        ["--schedule", "step"],
-        "--schedule 'step': it should be 'constant', 'linear' or 'cosine'",
-    ),
-    "endless rate": (["--lr", "inf"], "--lr inf: it should be a finite number"),
     "losses explode": (["--lr", "1e30"], "the loss of step 2 is not a number; lower the learning rate (lr 1e+30) or "),
     "output is a file": (["-o", "FOLDER/file"], "FOLDER/file: File exists; choose another output directory"),
 }

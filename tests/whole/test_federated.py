@@ -4,14 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from federated_fleets import needs_flower, tiny_fleet
 from federating import RATE, WEIGHTS, adapter, adapter_of_rounds, ended, lines, processes, until
 
-from tightfit.runtime.common import interpreter
 from tightfit.runtime.session.fleet import free_port
 
 pytestmark = needs_flower
@@ -203,35 +201,3 @@ def certificates(folder):
             subprocess.run(words, cwd=folder, check=True, capture_output=True)
         except FileNotFoundError:
             pytest.skip(f"{words[0]} is not installed")
-
-
-def test_it_says_what_to_install(fleet, tmp_path):
-    """Without Flower: played by a module of its name that is not there."""
-    script = (
-        "import importlib.util, sys\n"
-        "found = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'flwr' else found(name, *rest)\n"
-        "from tightfit.runtime.cli.main import main\n"
-        "sys.exit(main())\n"
-    )
-    words = [
-        "fleet",
-        "federate",
-        "run",
-        str(fleet[0]),
-        "--rounds",
-        "1",
-        "--data",
-        "random",
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    told = subprocess.run(
-        [sys.executable, "-c", script, *words],
-        env=os.environ | {"PYTHONPATH": interpreter.python_path()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert told.returncode == 2
-    assert "pip install 'tightfit[fleet]'" in told.stderr

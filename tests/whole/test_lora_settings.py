@@ -1,33 +1,20 @@
-"""LoRA settings against transformers + peft + autograd: losses and gradients, and whole runs that peft and a second run start
-from.
-"""
+"""LoRA settings against transformers + peft + autograd: losses and gradients."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from reference import (
     CONFIGS,
-    adapted_by_peft,
-    checkpoint,
     errors_above,
     gradients_of,
     loss_of,
     peft_model,
 )
-from safetensors.torch import load_file
-from tiny_models import byte_level_tokenizer
 from traced import fake_decoder, loss_and_gradients, random_batch, trace_decoder, trace_step
 
-from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.plan import plan
-from tightfit.profiles.api import profile
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.runtime.engine.training.adapter import CONFIG, WEIGHTS, adapter_config, adapter_key
-from tightfit.runtime.session.launch import run
+from tightfit.runtime.engine.training.adapter import adapter_config, adapter_key
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -86,38 +73,3 @@ def test_layers_below_the_first_pair_take_no_part_in_the_backward() -> None:
     assert not backward(0)
     assert not backward(1)
     assert "tightfit.lora_backward" in backward(2)
-
-
-@pytest.mark.slow
-def test_a_run_of_some_layers_and_a_second_one_that_starts_from_its_adapter(tmp_path: Path, cache: Path) -> None:
-    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
-    model = checkpoint(CONFIGS["llama"], folder)
-    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
-    data.write_text("".join(json.dumps({"text": f"the {word} fox jumps"}) + "\n" for word in ("quick", "lazy", "red")))
-    first = profile(
-        str(folder),
-        batch=2,
-        seq=16,
-        dtype="float32",
-        base="16bit",
-        lora_rank=4,
-        lora_targets="attention",
-        lora_layers="1-2",
-        rank_pattern={"q_proj": 6},
-        rslora=True,
-    )
-    smallest = plan(first, ModelPlanner(first).minimum().peak_bytes)
-    run(smallest, data, steps=3, out=tmp_path / "out", lr=1e-2)
-    place = tmp_path / "out" / "adapter"
-    told = json.loads((place / CONFIG).read_text())
-    assert told["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert (told["layers_to_transform"], told["rank_pattern"], told["use_rslora"]) == ([1, 2], {"q_proj": 6}, True)
-    tensors = load_file(place / WEIGHTS)
-    adapted_by_peft(model, place)
-    # Its settings are those of the second run, which goes on from its values.
-    second = profile(str(folder), batch=2, seq=16, dtype="float32", base="16bit", adapter=place)
-    assert [tensor.name for tensor in second.tensors] == [tensor.name for tensor in first.tensors]
-    smallest = plan(second, ModelPlanner(second).minimum().peak_bytes)
-    run(smallest, data, steps=1, out=tmp_path / "again", lr=0.0, weight_decay=0.0, adapter=place)
-    again = load_file(tmp_path / "again" / "adapter" / WEIGHTS)
-    assert all(torch.equal(again[name], value) for name, value in tensors.items())

@@ -114,14 +114,6 @@ def test_a_bundle_with_weights_is_enough(folder: Path, ordinary: Path, cache: Pa
 
 
 @pytest.mark.slow
-def test_without_weights_the_device_packs_its_own(folder: Path, ordinary: Path, cache: Path, tmp_path: Path) -> None:
-    made = bundle(folder, "model", tmp_path / "m.tight", cache=cache)
-    words = ("model", "--bundle", made, "--memory=1GiB", "--no-rehearse")
-    trained(folder, tmp_path / "out", *words, device=False, cache=tmp_path / "c")
-    assert adapter(tmp_path / "out") == adapter(ordinary)
-
-
-@pytest.mark.slow
 def test_a_bundle_answers_as_its_model_does(folder: Path, cache: Path, tmp_path: Path) -> None:
     """Without PyTorch's Python: the steps of answers are in it."""
     light = bundle(folder, "model", tmp_path / "light.tight", cache=cache)

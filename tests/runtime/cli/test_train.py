@@ -435,22 +435,6 @@ def test_resuming_what_train_did_not_begin(refused, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--lr", "nan"), "--lr nan: it should be a finite number"),
-        (("--memory", "350M"), "'350M' is not a size; "),
-        (("--schedule", "steep"), "--schedule 'steep': it should be 'constant', 'linear' or 'cosine'"),
-        (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file; "),
-        (("--eval", "nowhere.jsonl", "--seq", 8), "nowhere.jsonl: no such file; "),
-        (("--batch", 0), "--batch 0: it should be greater than or equal to 1"),
-    ],
-)
-def test_what_a_later_stage_would_refuse_is_refused_at_once(made, refused, words, message):
-    assert refused(2, "train", *made.words, *words).startswith(message)
-    assert made.profiled == []
-
-
 def test_an_error_of_the_first_stage(made, refused, monkeypatch):
     from tightfit.profiles import api
 

@@ -38,7 +38,6 @@ from tightfit.runtime.data.tokenization import (
 from tightfit.runtime.engine.training.batches import TokenBatches
 from tightfit.runtime.engine.training.pairs import PairBatches
 from tightfit.runtime.engine.training.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
-from tightfit.runtime.engine.training.sample_order import Apart
 
 TALK = [
     {"role": "user", "content": "Is it good?"},
@@ -177,16 +176,6 @@ def test_records_are_on_disk_before_they_have_their_name(tmp_path: Path, monkeyp
             with pytest.raises(ValueError, match="do not fit a record of 4"):
                 writer.add(tokens, labels, example=1)
     assert synced == [[(tmp_path / "x").read_bytes()]]
-
-
-def test_each_epoch_has_an_order_of_its_own() -> None:
-    order = Apart(60, seed=0)
-    epochs = [
-        [index for step in range(15 * epoch, 15 * epoch + 15) for (index,) in order.of_step(step, 4)]
-        for epoch in range(3)
-    ]
-    assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_the_last_evaluation_batch_is_filled_up_with_padding(tmp_path: Path) -> None:

@@ -172,17 +172,6 @@ def test_a_million_rows_take_no_more_memory_than_a_few(tmp_path: Path) -> None:
 # Folders
 
 
-def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
-    for name in ("b.csv", "a.csv", "c.tsv.gz", "note.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in data_files(str(tmp_path))] == ["a.csv", "b.csv", "c.tsv.gz"]
-    (tmp_path / "d.parquet").touch()
-    with pytest.raises(
-        InputError, match=r"holds tables of several kinds \(CSV, Parquet\); name the file that is meant"
-    ):
-        data_files(str(tmp_path))
-
-
 def test_a_folder_of_datasets_is_read_in_its_own_order(tmp_path: Path) -> None:
     """As `save_to_disk` of the library writes it."""
     names = ["data-00001-of-00002.arrow", "data-00000-of-00002.arrow"]

@@ -7,7 +7,6 @@ from reference import CONFIGS
 from safetensors.torch import save_file
 
 from tightfit.profiles.models.decoder_config import WRAPPED_BODY
-from tightfit.runtime.engine.kernels.optimizer import AdamW, GradientUpdate
 from tightfit.runtime.engine.training.adapter import WEIGHTS, adapter_config, adapter_key, initialise
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -47,33 +46,6 @@ def test_initial_values_are_pefts_distribution_and_depend_on_name_and_seed():
     assert not torch.equal(a, made(f"{LAYER}.lora_A.weight", 1))
     assert not torch.equal(a, made("model.layers.1.self_attn.q_proj.lora_A.weight", 0))
     assert not made(f"{LAYER}.lora_B.weight", 0).any()
-
-
-def test_updates_are_those_of_torch():
-    torch.manual_seed(0)
-    start, gradients = torch.randn(37, 11), [torch.randn(37, 11) for _ in range(5)]
-    parameter = torch.nn.Parameter(start.clone())
-    reference = torch.optim.AdamW([parameter], lr=3e-3, weight_decay=0.1)
-    mine, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
-    update = GradientUpdate(AdamW(lr=3e-3, weight_decay=0.1))
-    for step, gradient in enumerate(gradients, 1):
-        parameter.grad = gradient.clone()
-        reference.step()
-        update.begin(step)
-        update.apply(step, mine, gradient, first, second)
-        torch.testing.assert_close(mine, parameter.detach(), rtol=1e-6, atol=1e-7)
-    assert torch.allclose(second, reference.state[parameter]["exp_avg_sq"])
-
-
-def test_rates():
-    constant = AdamW(lr=1.0, warmup_steps=4)
-    assert [constant.rate(s) for s in (1, 2, 4, 5, 100)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    linear = AdamW(lr=1.0, schedule="linear", warmup_steps=2, total_steps=12)
-    assert [round(linear.rate(s), 6) for s in (1, 2, 3, 8, 13, 40)] == [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
-    cosine = AdamW(lr=2.0, schedule="cosine", total_steps=10)
-    assert cosine.rate(1) == 2.0
-    assert abs(cosine.rate(6) - 1.0) < 1e-9
-    assert abs(cosine.rate(11)) < 1e-9
 
 
 def test_an_adapter_fits_the_language_model_of_a_multimodal_one_and_nothing_else_of_it(tmp_path):

@@ -3,7 +3,6 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.training.batches import (
@@ -159,7 +158,6 @@ def test_token_records_are_recognised(tmp_path):
 # --- batches of samples of like lengths -------------------------------------------------------------------------------
 
 SEQ = 12
-LENGTHS = st.lists(st.integers(1, SEQ), min_size=1, max_size=60)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from tightfit.runtime.results.merge import merge
 
 CONFIG = CONFIGS["llama"]
 TARGETS = ["q_proj", "down_proj"]
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from places import SOURCES
 from reference import CONFIGS
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
@@ -26,7 +25,6 @@ from tightfit.profiles.api import profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.results.evaluation import evaluate
-from tightfit.runtime.results.merge import merge
 from tightfit.runtime.session.launch import run
 
 pytestmark = [
@@ -87,20 +85,6 @@ def test_figures_are_those_of_a_run(planned: Plan, data: Path, ran: tuple[Path, 
     assert evaluate(planned, data, adapter=out)["loss"] == after["loss"]  # the run's own folder
     assert ("evaluating", 1, 3) in seen or ("evaluating", 1, 4) in seen
     assert left() == []
-
-
-def test_the_adapter_of_a_run_is_merged_into_the_base_that_its_report_names(
-    planned: Plan, ran: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    told = merge(ran[0], tmp_path / "merged")
-    assert told["base"] == planned.model.source
-    assert told["note"].startswith("training saw the base 4-bit, rounded from float32")
-    base, own = (transformers.AutoModelForCausalLM.from_pretrained(at) for at in (told["base"], tmp_path / "merged"))
-    exact = peft.PeftModel.from_pretrained(base, ran[0] / "adapter").merge_and_unload().state_dict()
-    for name, value in own.state_dict().items():
-        assert torch.allclose(value, exact[name], rtol=1e-5, atol=1e-6), name
-    assert own.config.tie_word_embeddings is False
 
 
 def command(*words: str) -> list[str]:

@@ -103,37 +103,6 @@ def test_evaluations_between_the_steps_are_those_of_runs_that_end_there(whole, p
     assert (out / "best" / "adapter_config.json").read_bytes() == (out / "adapter" / "adapter_config.json").read_bytes()
 
 
-@pytest.mark.slow
-def test_an_epoch_may_be_the_interval(plans, data, asked, tmp_path):
-    report = run(plans[0], data, out=tmp_path, **asked | {"epochs": 2.0, "eval_every": "1 epoch"})
-    # 2.5 steps, of which Python rounds to the even number
-    assert [one["step"] for one in report["evaluations"]] == [0, 2, 4, 5]
-
-
-@pytest.mark.slow
-def test_what_gets_no_better_ends_early_and_stays_ended(whole, plans, data, asked, tmp_path):
-    report, out = whole
-    early = asked | {"early_stopping": 2}
-    ended = run(plans[0], data, out=tmp_path / "run", **early)
-    best = report["best"]["step"]
-    assert ended["stopped_early"] == best + 4
-    assert ended["loss"] == report["loss"][: best + 4]
-    assert untimed(ended) == [one for one in untimed(report) if one["step"] <= best + 4]
-    assert adapter(tmp_path / "run", "best") == adapter(out, "best")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    again = run(plans[0], data, out=tmp_path / "run", resume=True, **early)
-    assert again["stopped_early"] == best + 4
-    assert {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "adapter").rglob("*")
-    }.items() <= before.items()
-    # With more patience it goes on, and ends where the one ended that was never stopped.
-    on = run(plans[0], data, out=tmp_path / "run", resume=True, **asked | {"early_stopping": 100})
-    assert on["stopped_early"] is None
-    assert on["loss"] == report["loss"]
-    assert untimed(on) == untimed(report)
-    assert adapter(tmp_path / "run") == adapter(out)
-
-
 class Killer:
     """Kills the training process with SIGKILL when it has told something for a number of times."""
 
@@ -156,11 +125,9 @@ class Killer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early_stopping", [None, 2])
-def test_wherever_it_is_killed_it_comes_out_the_same(whole, plans, data, asked, tmp_path, early_stopping):
+def test_wherever_it_is_killed_it_comes_out_the_same(whole, plans, data, asked, tmp_path):
     """Killed at steps and in evaluations, resumed under the other budget in turn, until it gets through."""
-    options = asked | {"early_stopping": early_stopping, "checkpoint_every": 3}
-    expected = whole[0]["loss"][: None if early_stopping is None else whole[0]["best"]["step"] + 4]
+    options = asked | {"checkpoint_every": 3}
     report, killed = None, 0
     for attempt in range(20):
         killer = Killer(4 + 3 * attempt)
@@ -182,12 +149,13 @@ def test_wherever_it_is_killed_it_comes_out_the_same(whole, plans, data, asked, 
             killed += 1
     assert killed > 2
     assert report is not None
-    assert report["loss"] == expected
-    assert untimed(report) == untimed(whole[0])[: len(report["evaluations"])]
+    assert report["loss"] == whole[0]["loss"]
+    assert untimed(report) == untimed(whole[0])
+    assert adapter(tmp_path) == adapter(whole[1])
     assert adapter(tmp_path, "best") == adapter(whole[1], "best")
     assert report["best"] == whole[0]["best"] | {"path": str(tmp_path / "best")}
     kept = lines_of(tmp_path)
-    assert [line["step"] for line in kept if "loss" in line] == list(range(1, len(expected) + 1))
+    assert [line["step"] for line in kept if "loss" in line] == list(range(1, 16))
     assert len({line["step"] for line in kept if "eval_loss" in line}) == len(report["evaluations"])
 
 

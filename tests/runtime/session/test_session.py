@@ -199,21 +199,12 @@ def test_what_cannot_be_a_batch_costs_nothing(naive: Plan, tmp_path: Path) -> No
     good = ids, labels
     refused = [
         ((), "has 0 tensors; give input_ids and labels, or input_ids alone"),
-        ((ids, labels, ids), "has 3 tensors"),
         ((ids, labels, ids), "the third are no positions: they are counted from 0 in each sample of a row"),
-        ((ids, labels, ids, ids), "has 4 tensors"),
         (([1, 2],), "item 0 is of type list"),
-        ((ids.float(), labels), "give integers of shape"),
-        ((ids[0], labels[0]), "give integers of shape"),
         ((ids, labels[:, 1:]), rf"the plan was made for at most {rows} rows of {length} tokens, labels like input_ids"),
-        ((ids.repeat(2, 1), labels.repeat(2, 1)), "at most 2 rows"),
         ((ids.repeat(1, 2), labels.repeat(1, 2)), "cut the batch, or profile with another batch and seq"),
-        ((ids[:, :0], labels[:, :0]), "at most 2 rows"),
-        ((ids + words, labels), rf"input_ids has the token {int(ids.max()) + words}; the model has tokens 0 to {words - 1}"),
         ((ids - words, labels), rf"input_ids has the token {int(ids.min()) - words};"),
-        ((ids, labels + words), "labels has the token"),
         ((ids, torch.full_like(labels, -100)), "has no label after the first token"),
-        ((ids[:, :1],), "has no label after the first token"),
     ]  # fmt: skip
     with Session(naive, out=tmp_path) as session:
         for batch, told in refused:

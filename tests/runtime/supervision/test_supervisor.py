@@ -121,20 +121,6 @@ def test_what_it_measures_of_itself_is_what_one_holds():
     assert 5 * MIB < told < ALLOWED
 
 
-@pytest.mark.slow
-def test_a_failure_is_told_as_the_command_tells_it(begin, tmp_path):
-    """By the supervisor too: words on stderr, JSON on stdout, an exit code."""
-    out = tmp_path / "out"
-    process = begin(out, "--steps", "100000", "--json", "--no-cgroup")
-    os.kill(training_began(process, out), signal.SIGKILL)
-    answer, err = process.communicate(timeout=60)
-    error = json.loads(answer)["error"]
-    assert process.returncode == error["exit_code"] == 4
-    assert error["kind"] == "RunError"
-    assert error["message"].startswith("the training process was ended by SIGKILL; no checkpoint was saved yet")
-    assert err.endswith(f"tightfit: {error['message']}\n")
-
-
 def test_a_run_whose_supervisor_is_killed_is_saved(begin, tmp_path):
     out = tmp_path / "out"
     process = begin(out, "--steps", "100000")
