@@ -48,7 +48,7 @@ from itertools import pairwise
 from typing import Literal
 
 from tightfit.planner.fleet.parts import RINGS
-from tightfit.planner.fleet.schema import Does, Link, Shelf
+from tightfit.planner.fleet.schema import Link, Shelf
 from tightfit.profiles.schema import Channel
 from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, ring
 
@@ -60,6 +60,8 @@ UNDER_WAY = 2
 """pieces of a sum that may be under way to a thread before it must have taken the first"""
 HEADER = 2
 """messages of a header"""
+Does = Literal["compute", "send", "forward", "again", "backward"]
+"""what a device, or a link, does; in a pipeline: forward, again (the forward that is repeated for the backward), backward"""
 
 
 class Signal:
@@ -185,7 +187,7 @@ class Doing:
     what: Does
     station: int
     to: int | None = None
-    number: int | None = None
+    number: int
     """of the micro-batch, or of the piece"""
     begin: float
     end: float
@@ -212,10 +214,10 @@ class ChainClock:
         """by target"""
         self.doings: list[Doing] = []
 
-    def does(self, what: Does, station: int, begun: float, end: float | None = None, number: int | None = None) -> None:
-        """A device has done something since `begun`, until now unless `end` says until when it will."""
-        until = self.clock.now if end is None else end
-        self.doings.append(Doing(what=what, station=station, number=number, begin=begun, end=until))
+    def does(self, what: Does, station: int, begun: float, number: int) -> None:
+        """A device has done something for a micro-batch since `begun`, until now."""
+        end = self.clock.now
+        self.doings.append(Doing(what=what, station=station, number=number, begin=begun, end=end))
 
     def buffer(self, queue: MessageQueue, number: int) -> Thread:
         """Wait until there is a buffer for a message."""
@@ -328,7 +330,7 @@ class _StageClock(ChainClock):
         yield from self.buffer(self.up[at], number)
         self.links.send(self.up[at], number)
         yield clock.now + marks.seconds - marks.send_up
-        self.does("forward", at, begun, number=number)
+        self.does("forward", at, begun, number)
 
     def _train(self, at: int, number: int) -> Thread:
         station, clock = self.stations[at], self.clock
@@ -348,13 +350,13 @@ class _StageClock(ChainClock):
                 self.links.send(self.up[at], number)
             yield clock.now + marks.receive_down - marks.send_up
             done = marks.receive_down
-            self.does("again" if station.ahead else "forward", at, begun, number=number)
+            self.does("again" if station.ahead else "forward", at, begun, number)
             yield self.down[at].arrived[number]
             self.links.open(self.down[at], slice(number + RECEIVING_DOWN, number + RECEIVING_DOWN + 1))
         else:
             yield clock.now + marks.middle - done
             done = marks.middle
-            self.does("forward", at, begun, number=number)
+            self.does("forward", at, begun, number)
         begun = clock.now
         if not first:
             yield clock.now + marks.send_down - done
@@ -362,7 +364,7 @@ class _StageClock(ChainClock):
             self.links.send(self.down[at - 1], number)
             done = marks.send_down
         yield clock.now + marks.seconds - done
-        self.does("backward", at, begun, number=number)
+        self.does("backward", at, begun, number)
 
 
 # --- one way ----------------------------------------------------------------------------------------------------------
@@ -411,7 +413,7 @@ class _OneWay(ChainClock):
             yield from self.buffer(self.messages, number)
             begun = self.clock.now
             yield begun + self.parts.device_seconds
-            self.does("forward", 0, begun, number=number)
+            self.does("forward", 0, begun, number)
             self.links.send(self.messages, number)
 
     def _server(self) -> Thread:
@@ -419,7 +421,7 @@ class _OneWay(ChainClock):
             yield self.messages.arrived[number]
             begun = self.clock.now
             yield begun + self.parts.server_seconds
-            self.does("compute", 1, begun, number=number)
+            self.does("compute", 1, begun, number)
             self.links.open(self.messages, slice(number + RINGS, number + RINGS + 1))
 
 
@@ -522,11 +524,9 @@ class _Sum(ChainClock):
         for piece, size in enumerate(self.pieces):
             if source is not None:
                 yield from self._take(source, piece)
-            begun = self.clock.now
             if station.gradients == "disk":
                 yield self._on_disk(at, disk_seconds(station.read, station.slots * size, station.slots))
             yield self.clock.now + copy_seconds(station.slots * size)
-            self.does("add", at, begun)
             if last:
                 yield self._stored(at, size)
             self.links.send(onward, piece)
@@ -573,7 +573,6 @@ class _Sum(ChainClock):
             return
         self._exchanged[at] = self.clock.now
         self._updated[at] = self.clock.now + whole_update_seconds(self.stations[at], self.pieces)
-        self.does("update", at, self.clock.now, self._updated[at])
 
     def _on_disk(self, at: int, seconds: float) -> float:
         """When a request that is made now is done."""

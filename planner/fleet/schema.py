@@ -50,7 +50,7 @@ from pydantic import Field
 
 from tightfit.profiles.schema import FrozenRecord
 
-FLEET_VERSION = 2
+FLEET_VERSION = 3
 PIECE_BYTES = 256 << 10
 """gradients are sent in pieces of whole tensors, of at most this size unless one tensor is larger"""
 BUFFERS = 8
@@ -81,22 +81,6 @@ class Passed(FrozenRecord):
 
     shape: list[int]
     dtype: str = Field(description="torch dtype without the prefix")
-
-
-Does = Literal["compute", "add", "send", "update", "forward", "again", "backward"]
-"""what a device, or a link, does; in a pipeline: forward, again (the forward that is repeated for the backward), backward"""
-
-
-class Span(FrozenRecord):
-    """What a device or a link does for a while, for the picture of a step."""
-
-    lane: str = Field(description="a member's name, or `FROM → TO` for a link")
-    what: Does
-    begin_seconds: float
-    end_seconds: float
-    micro_batch: int | None = Field(
-        None, description="compute, and all of a pipeline: number of the micro-batch in the step, from 0"
-    )
 
 
 # --- members ------------------------------------------------------------------------------------------------------------
@@ -281,7 +265,6 @@ class FleetPlan(StepFleet[Member], Exactness):
     exchange_seconds: float = Field(description="from there until every member has the sum")
     update_seconds: float = Field(description="from there until every member has made the update")
     baselines: list[Baseline] = []
-    timeline: list[Span] = []
 
 
 class PipelineBaseline(BaselineResult):
@@ -294,7 +277,6 @@ class PipelinePlan(StepFleet[StageMember], Exactness):
     bits: Literal[0, 4, 8] = Field(0, description="of a number in a message; 0: as it is")
     link_bytes: list[int] = Field([], description="bytes of a step that pass over each cut, both ways together")
     baselines: list[PipelineBaseline] = []
-    timeline: list[Span] = []
 
 
 class SidePlan(StepFleet[SideMember]):
@@ -310,7 +292,6 @@ class SidePlan(StepFleet[SideMember]):
     device_alone_seconds: float | None = Field(
         description="what a step of backpropagation takes the device alone within its budget; None: it does not fit"
     )
-    timeline: list[Span] = []
 
     @property
     def bit_identical(self) -> bool:

@@ -1,4 +1,4 @@
-// The charts of all pages as SVG: seconds per step against the budget, and what the devices of a fleet do in a step.
+// What the charts of all pages are made of, as SVG, and that of seconds per step against the budget.
 // Each is drawn at the width of its box, so that its text has one size on a phone as on a desk; its colours are those of charts.css.
 // Sizes are given in bytes and told in MiB, small ones in KiB or bytes.
 
@@ -114,14 +114,14 @@ export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, 
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
     picture.append(svg("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, round(tick)));
   }
-  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel), ...along([x0, x1], x, { label: xLabel, left: LEFT, width, height, whole, log }));
+  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel), ...along([x0, x1], x, { label: xLabel, width, height, whole, log }));
   return { picture, x, y, at: pointed(picture, x, width), width, height, foot: height - BOTTOM - below };
 }
 
 // The x axis under a picture: ticks and what they count.
-const along = ([low, high], x, { label, left, width, height, whole = false, log = false }) => [
+const along = ([low, high], x, { label, width, height, whole, log }) => [
   ...(log ? logarithmicTicks(low, high, width / 80) : ticks(low, high, width / 110)).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick))),
-  svg("text", { x: (left + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, label),
+  svg("text", { x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, label),
 ];
 
 // Where a pointer is, on the x axis.
@@ -236,81 +236,3 @@ export function follow({ picture, at, show, hide }, { last, state, find, read })
   return picture;
 }
 export const HOW = "Point at the chart, or focus it and use the arrow keys.";
-
-// --- a step of a fleet ------------------------------------------------------------------------------------------------
-
-const LANE = { device: 22, link: 12 }, NAME = 17, EDGE = 8; // heights of bars and of the names over them; the margin on the left
-const doingColour = (name) => `var(--doing-${name})`;
-
-// What a bar stands for: `computes micro-batch 3`, `sends`.
-function deed({ what, first, last }, kinds) {
-  const { label } = kinds.find((kind) => kind.name === what);
-  return first === null ? label : `${label} micro-batch${first === last ? ` ${first}` : `es ${first} to ${last}`}`;
-}
-
-// The stretches in which a device does nothing, from `from` to the end of the step.
-export function waits(bars, from, whole) {
-  const gaps = [];
-  let busy = from;
-  for (const { begin, end } of [...bars].sort((a, b) => a.begin - b.begin)) {
-    if (begin - busy > whole / 2000) gaps.push([busy, begin]);
-    busy = Math.max(busy, end);
-  }
-  return whole - busy > whole / 2000 ? [...gaps, [busy, whole]] : gaps;
-}
-
-// `data`: {seconds, kinds, lanes: [{name, kind, bars: [{what, begin, end, first, last}]}]}, a lane for each device and each link of a
-// fleet, over one step, or over what is left of it at `from`. The cursor stands at one of `moments`.
-export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, moments, from = 0 }) {
-  const tops = [];
-  let bottom = EDGE;
-  for (const { kind } of shown) {
-    tops.push(bottom + NAME);
-    bottom += NAME + LANE[kind] + 7;
-  }
-  const height = bottom + BOTTOM, x = scale(from, whole, EDGE, width - RIGHT);
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
-  for (const tick of ticks(from, whole, width / 110)) picture.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: EDGE, y2: bottom }));
-  shown.forEach(({ name, kind, bars }, i) => {
-    const group = svg("g", { "data-lane": name }, svg("text", { class: "lane-name", x: EDGE, y: tops[i] - 4 }, name));
-    for (const [begin, end] of kind === "device" ? waits(bars, from, whole) : []) {
-      group.append(svg("rect", { class: "waiting", x: x(begin).toFixed(1), y: tops[i] + LANE[kind] / 2 - 2, width: Math.max(0, x(end) - x(begin)).toFixed(1), height: 4 }, svg("title", {}, `${name} waits: ${duration(begin)} to ${duration(end)}`)));
-    }
-    for (const bar of bars.filter(({ end }) => end > from)) {
-      const left = x(Math.max(from, bar.begin)), wide = Math.max(1, x(bar.end) - left), number = bar.first === null || bar.first !== bar.last ? "" : `${bar.first}`;
-      const text = `${name} ${deed(bar, kinds)}: ${duration(bar.begin)} to ${duration(bar.end)}`;
-      group.append(svg("rect", { class: "bar-mark", "data-what": bar.what, x: left.toFixed(1), y: tops[i], width: wide.toFixed(1), height: LANE[kind], fill: doingColour(bar.what) }, svg("title", {}, text)));
-      if (number && wide > 8 + 7 * number.length) group.append(svg("text", { class: "bar-name", x: (left + wide / 2).toFixed(1), y: tops[i] + LANE[kind] / 2 + 4, "text-anchor": "middle" }, number));
-    }
-    picture.append(group);
-  });
-  picture.append(...along([from, whole], x, { label: "seconds into the step", left: EDGE, width, height }));
-  return { picture, x, at: pointed(picture, x, width), width, height, ...cursor(picture, (i) => x(moments[i]), height) };
-}
-
-// The lanes of a fleet's step with their legend and a cursor, which goes from one change to the next; `reading` tells what is done there.
-// A short exchange is drawn once more, enlarged, in a second box.
-export function showLanes({ boxes: [box, enlarged], key, reading }, data, name) {
-  const what = "What each device and each link does in";
-  draw(box, 0, `${what} one step of ${name}`);
-  enlarged.parentElement.hidden = data.exchange === null;
-  if (data.exchange !== null) draw(enlarged, data.exchange, `${what} the exchange of ${name}`);
-  reading.textContent = HOW;
-  key.replaceChildren(...legend([...data.kinds.map((kind) => [kind.label, doingColour(kind.name)]), ["waits", "var(--line)"]]));
-
-  function draw(where, from, title) {
-    const changes = data.lanes.flatMap(({ bars }) => bars.flatMap((bar) => [bar.begin, bar.end])).filter((moment) => moment > from);
-    const moments = [...new Set([from, ...changes])].sort((a, b) => a - b), last = moments.length - 1, state = { at: 0 };
-    const find = (moment) => {
-      const index = moments.findIndex((next) => moment < next);
-      return index < 0 ? last : Math.max(0, index - 1);
-    };
-    const read = (at) => {
-      const doing = data.lanes.flatMap((lane) => lane.bars.filter((bar) => bar.begin <= moments[at] && moments[at] < bar.end).map((bar) => `${lane.name} ${deed(bar, data.kinds)}`));
-      const idle = at === last ? [] : data.lanes.filter((lane) => lane.kind === "device" && !lane.bars.some((bar) => bar.begin <= moments[at] && moments[at] < bar.end)).map((lane) => `${lane.name} waits`);
-      reading.textContent = `${duration(moments[at])}: ${at === last ? "the step is done" : [...doing, ...idle].join("; ")}`;
-    };
-    const label = `${title}; arrow keys move along the step, the table has the numbers`;
-    place(where, (width) => follow(lanes(data, { width, label, moments, from }), { last, state, find, read }));
-  }
-}

@@ -1,4 +1,4 @@
-"""A fleet's plan in sentences and tables, the same in the terminal, on the page and in a file of its own."""
+"""A fleet's plan in sentences and tables, for the terminal."""
 
 from __future__ import annotations
 
@@ -25,17 +25,6 @@ from tightfit.planner.report.side_text import side_text
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
 AnyPlan = FleetPlan | PipelinePlan
-DOING = {
-    "compute": "computes",
-    "add": "adds gradients",
-    "forward": "goes forward",
-    "again": "goes forward again",
-    "backward": "goes backward",
-    "send": "sends",
-    "update": "updates",
-}
-"""what a device or a link does for a while (`Span.what`), in words"""
-
 IDLE_SHARE = 0.02
 """a device that waits for less of the step than this is not told of"""
 NAMES = ("member", "from … to", "device")
@@ -49,11 +38,6 @@ class Sheet:
     caption: str
     headings: list[str]
     rows: list[list[str]]
-
-
-def fleet_title(fleet: AnyPlan) -> str:
-    """A fleet in a few words: what it trains, on which devices."""
-    return printable(f"{fleet.model} on {_listed([member.name for member in fleet.chain])}")
 
 
 def fleet_text(fleet: AnyFleet) -> RenderableType:
@@ -127,29 +111,6 @@ def _share_sheet(fleet: FleetPlan) -> Sheet:
     peak = f"peak of budget, {unit.name}"
     headings = ["member", "micro-batches", "each", "together", peak, "gradients", "states", "device"]
     return Sheet(caption="The chain, in the order in which gradients are added up", headings=headings, rows=rows)
-
-
-def activity_sheet(fleet: AnyPlan) -> Sheet:
-    """The timeline of a step in numbers: what each device and each link does, from when until when."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for span in fleet.timeline:
-        found.setdefault((span.lane, span.what), []).append((span.begin_seconds, span.end_seconds))
-    shares = {} if isinstance(fleet, PipelinePlan) else {one.name: one.micro_batches for one in fleet.chain}
-    rows = []
-    for (lane, what), spans in found.items():
-        busy = sum(end - begin for begin, end in spans)
-        rows.append(
-            [
-                lane,
-                f"{DOING[what]} {shares[lane]}" if what == "compute" else DOING[what],
-                _time(min(begin for begin, _ in spans)),
-                _time(max(end for _, end in spans)),
-                _time(busy),
-                f"{busy / fleet.makespan_seconds:.1%}" if fleet.makespan_seconds else "–",
-            ]
-        )
-    headings = ["device or link", "what", "from", "until", "at work", "of the step"]
-    return Sheet(caption="What each device and each link does in a step", headings=headings, rows=rows)
 
 
 def _time(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Summaries of profiles, plans and fleets as strict JSON, for `--json` and the service's answers; imports nothing heavy."""
+"""Summaries of profiles and plans as strict JSON, for `--json` and the service's answers; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from tightfit.profiles.measuring.marks import marks
 from tightfit.profiles.models.decoder_config import long_positions
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.schema import AnyFleet
     from tightfit.planner.schema import Phase, Plan
     from tightfit.profiles.schema import Profile, Tensor
 
@@ -133,11 +132,6 @@ def update_words(plan: Plan) -> str:
     name, limit = plan.optimizer.get("name", "adamw"), plan.max_grad_norm
     words = [str(name)] if name in OPTIMIZER_STATES and name != "adamw" else []
     return ", ".join(words if limit is None else [*words, f"gradients clipped to a norm of {limit:g}"])
-
-
-def fleet_summary(fleet: AnyFleet) -> dict[str, Any]:
-    """A fleet's plan without its timeline, which has an entry for each piece that is sent."""
-    return fleet.model_dump(mode="json", exclude={"timeline"})
 
 
 def unfinished_update(steps: int, accumulate: int) -> str | None:

@@ -13,7 +13,6 @@ from tightfit.runtime.cli.options import (
     Debug,
     FleetDescription,
     FleetFolder,
-    Html,
     Json,
     answering,
     read,
@@ -46,7 +45,7 @@ OTHERS = (MOBILLM, FEDERATED)
 KINDS = ("auto", "data", "pipeline", *OTHERS)
 
 
-@with_options(RoundsPlanOptions, after="html")
+@with_options(RoundsPlanOptions, after="gap")
 @with_options(FleetOptions, "kind", "bits", after="bits")
 def plan(
     description: FleetDescription,
@@ -79,7 +78,6 @@ def plan(
             help="Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8 (default), 4 or 0.",
         ),
     ] = None,
-    html: Html = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -95,12 +93,11 @@ def plan(
     from tightfit.planner.fleet.description import read_description
     from tightfit.planner.fleet.io import FILE, save_fleet
     from tightfit.planner.fleet.plan import plan_kind, plan_side
-    from tightfit.planner.fleet.schema import AnyStepFleet, FleetPlan, PipelinePlan
+    from tightfit.planner.fleet.schema import AnyStepFleet
     from tightfit.planner.problem.device_forward import DEFAULT_BITS
     from tightfit.planner.report.fleet_text import fleet_text
-    from tightfit.planner.report.summary import fleet_summary
     from tightfit.runtime.cli.terminal import SolvingDisplay, messages
-    from tightfit.runtime.common.files import check_writable, write_whole
+    from tightfit.runtime.common.files import check_writable
 
     described = read_description(description, kind, micro_batches=micro_batches, steps=steps)
     kind = FEDERATED if described.of_rounds else kind
@@ -111,12 +108,10 @@ def plan(
     }
     for_steps: dict[str, Any] = {"--micro-batches": micro_batches, "--bits": bits}
     foreign = for_steps if kind == FEDERATED else for_rounds
-    for option, value in {**foreign, **({"--html": html} if kind in OTHERS else {})}.items():
+    for option, value in foreign.items():
         if value is not None:
             raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
     check_writable(output / FILE)
-    if html is not None:
-        check_writable(html)
     console = messages()
     planned: AnyFleet
     server_plans: dict[str, Plan] = {}
@@ -140,18 +135,12 @@ def plan(
         console.print(
             f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
         )
-    summary = fleet_summary(planned) | {"interrupted": interrupts.seen}
+    summary = planned.model_dump(mode="json") | {"interrupted": interrupts.seen}
     with answering(summary, fleet_text(planned), as_json):
         summary["fleet"] = str(save_fleet(planned, plans, output, server_plans))
-        if html is not None and isinstance(planned, FleetPlan | PipelinePlan):
-            from tightfit.planner.report.fleet_html import fleet_page
-
-            summary["html"] = str(write_whole(html, fleet_page(planned)))
     console.print(f"plan written to {summary['fleet']}")
     if isinstance(planned, AnyStepFleet) and (commands := member_commands(planned, output)):
         console.print(commands)
-    if html is not None:
-        console.print(f"html written to {summary['html']}")
 
 
 def _rounds(

@@ -285,7 +285,7 @@ def main() -> None:
                     f"SHA-256 of the adapter after {given.updates} updates: {'equal' if equal else 'NOT equal'} for {whose}"
                     f" and one process that accumulates {given.micro_batches} micro-batches ({alone[:16]})."
                 )
-                told = {"fleet": fleet.model_dump(mode="json", exclude={"timeline"}), **asdict(ran), "equal": equal}
+                told = {"fleet": fleet.model_dump(mode="json"), **asdict(ran), "equal": equal}
                 figures.append({"kind": kind, "rate": rate, **told})
                 if given.equal and isinstance(fleet, FleetPlan):
                     shares = equal_shares(fleet)

@@ -1,10 +1,10 @@
-"""Makes the plan of a fleet without a solver, for tests of texts, pictures, pages and commands."""
+"""Makes the plan of a fleet without a solver, for tests of texts and commands."""
 
 from __future__ import annotations
 
 from sample_plans import sample_plan
 
-from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member, Span
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member
 from tightfit.runtime.common.units import MIB
 
 LINK = Link(up_bytes_per_second=12.5e6, down_bytes_per_second=12.5e6, latency_seconds=0.002)
@@ -37,14 +37,6 @@ def sample_fleet(**changes):
     """Eight micro-batches: five on a laptop in 5 s, three on a phone in 4.5 s, none on a watch. The laptop's sum goes up to
     the phone in four pieces of 0.25 s, the mean comes back in four more, and both update in 0.25 s: 7.25 s.
     """
-    compute = [
-        Span(lane=lane, what="compute", begin_seconds=0.0, end_seconds=end)
-        for lane, end in (("laptop", 5.0), ("phone", 4.5))
-    ]
-    up = [Span(lane="laptop → phone", what="send", begin_seconds=5.0, end_seconds=6.0)]
-    add = [Span(lane="phone", what="add", begin_seconds=5.25 + k / 4, end_seconds=5.3125 + k / 4) for k in range(4)]
-    down = [Span(lane="phone → laptop", what="send", begin_seconds=6.0, end_seconds=7.0)]
-    update = [Span(lane=lane, what="update", begin_seconds=7.0, end_seconds=7.25) for lane in ("laptop", "phone")]
     values = {
         "fingerprint": "f" * 64,
         "model": "Tiny <model>",
@@ -73,7 +65,6 @@ def sample_fleet(**changes):
             ),
             Baseline(name="fastest alone", makespan_seconds=8.265, micro_batches={"laptop": 8, "phone": 0, "watch": 0}),
         ],
-        "timeline": [*compute, *up, *add, *down, *update],
     }
     return FleetPlan(**values | changes)
 

@@ -121,12 +121,11 @@ def test_a_plan_for_one_device(planned, folder):
     assert "something else, not the plan of a fleet" in refused(folder, lambda data: b"[1]")
 
 
-def test_another_version(folder):
-    told = refused(folder, rewritten(lambda content: content.update(version=FLEET_VERSION + 1)))
-    assert (
-        f"a newer version of tightfit (fleet version {FLEET_VERSION + 1}, this one reads version {FLEET_VERSION})"
-        in told
-    )
+@pytest.mark.parametrize(("version", "age"), [(FLEET_VERSION - 1, "an older"), (FLEET_VERSION + 1, "a newer")])
+def test_another_version(folder, version, age):
+    told = refused(folder, rewritten(lambda content: content.update(version=version, timeline=[])))
+    said = f"written by {age} version of tightfit (fleet version {version}, this one reads version {FLEET_VERSION})"
+    assert f"{said}; make it again with `tightfit fleet plan`" in told
 
 
 def test_a_field_that_is_no_such_value(folder):

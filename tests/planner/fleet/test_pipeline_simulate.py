@@ -40,27 +40,6 @@ def test_its_figures_are_the_plan_s(pipelined):
     found = simulate_fleet(fleet, plans)
     assert len(fleet.chain) == 2
     assert found.makespan_seconds == fleet.makespan_seconds
-    assert found.timeline == fleet.timeline
-
-
-def test_the_timeline_shows_everything(pipelined):
-    fleet, _ = pipelined
-    one, other = (member.name for member in fleet.chain)
-    by_lane = {}
-    for span in fleet.timeline:
-        by_lane.setdefault((span.lane, span.what), []).append(span.micro_batch)
-    every = list(range(fleet.micro_batches))
-    assert by_lane.pop((one, "again"), every) == every
-    assert all(sorted(numbers) == every for numbers in by_lane.values())
-    assert set(by_lane) == {
-        (one, "forward"),
-        (one, "backward"),
-        (other, "forward"),
-        (other, "backward"),
-        (f"{one} → {other}", "send"),
-        (f"{other} → {one}", "send"),
-    }
-    assert max(span.end_seconds for span in fleet.timeline) <= fleet.makespan_seconds
 
 
 def test_names(pipelined):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
@@ -54,19 +52,6 @@ def test_its_figures_are_the_plan_s(planned):
     )
     computed = [member.micro_batches * member.micro_batch_seconds for member in fleet.chain]
     assert found.compute_seconds == pytest.approx(max(computed))
-    assert found.timeline == fleet.timeline
-
-
-def test_the_timeline_shows_everything(planned):
-    fleet, _ = planned
-    names = [member.name for member in fleet.chain]
-    compute = [span for span in fleet.timeline if span.what == "compute"]
-    assert sorted(span.micro_batch for span in compute) == list(range(fleet.micro_batches))
-    ways = {f"{one} → {other}" for pair in itertools.pairwise(names) for one, other in (pair, pair[::-1])}
-    assert {span.lane for span in fleet.timeline if span.what == "send"} == ways
-    assert {span.lane for span in fleet.timeline if span.what == "update"} == set(names)
-    assert all(0 <= span.begin_seconds <= span.end_seconds <= fleet.makespan_seconds for span in fleet.timeline)
-    assert max(span.end_seconds for span in fleet.timeline) == fleet.makespan_seconds
 
 
 def test_names_are_unique(planned, first, last):

@@ -1,4 +1,4 @@
-"""Plans of each kind as version 2 writes them are read; each is replicas of a chain of parts."""
+"""Plans of each kind as version 3 writes them are read; each is replicas of a chain of parts."""
 
 from __future__ import annotations
 

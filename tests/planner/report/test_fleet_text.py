@@ -6,14 +6,10 @@ from sample_fleets import sample_fleet, sample_member
 
 from tightfit.planner.fleet.schema import Baseline
 from tightfit.planner.report.fleet_text import (
-    activity_sheet,
     chain_sheet,
     fleet_sentences,
     fleet_text,
-    fleet_title,
 )
-from tightfit.planner.report.summary import fleet_summary
-from tightfit.runtime.common.strict_json import to_json
 
 
 def printed(fleet, width):
@@ -57,8 +53,6 @@ def test_one_device_alone_exchanges_nothing():
     assert "the fastest alone (laptop) would take as long" in said
     assert "phone takes no part: it is slow" in said
     assert fleet_sentences(sample_fleet(micro_batches=1))[0].startswith("one step of one micro-batch takes 7.250 s")
-    assert fleet_title(alone) == "Tiny <model> on laptop"
-    assert fleet_title(sample_fleet()) == "Tiny <model> on laptop and phone"
 
 
 def test_what_is_estimated_or_differs_is_said():
@@ -80,19 +74,6 @@ def test_equal_shares_that_are_possible_are_compared():
     assert "equal shares (laptop 4, phone 4) would take 14.500 s, 2.00 × as long" in fleet_sentences(fleet)
 
 
-def test_the_timeline_in_numbers():
-    rows = {(row[0], row[1]): row[2:] for row in activity_sheet(sample_fleet()).rows}
-    assert rows == {
-        ("laptop", "computes 5"): ["0.000 s", "5.000 s", "5.000 s", "69.0%"],
-        ("phone", "computes 3"): ["0.000 s", "4.500 s", "4.500 s", "62.1%"],
-        ("laptop → phone", "sends"): ["5.000 s", "6.000 s", "1.000 s", "13.8%"],
-        ("phone", "adds gradients"): ["5.250 s", "6.062 s", "0.250 s", "3.4%"],
-        ("phone → laptop", "sends"): ["6.000 s", "7.000 s", "1.000 s", "13.8%"],
-        ("laptop", "updates"): ["7.000 s", "7.250 s", "0.250 s", "3.4%"],
-        ("phone", "updates"): ["7.000 s", "7.250 s", "0.250 s", "3.4%"],
-    }
-
-
 @pytest.mark.parametrize("width", [80, 200])
 def test_no_figure_is_cut_in_a_terminal(width):
     text = printed(sample_fleet(), width)
@@ -109,11 +90,3 @@ def test_names_cannot_command_the_terminal():
     assert "\x1b" not in text
     assert r"\x1b[31mred" in text
     assert r"equal shares: not possible, \x1b[2J" in text
-
-
-def test_the_summary_is_all_but_the_timeline():
-    fleet = sample_fleet()
-    summary = fleet_summary(fleet)
-    assert "timeline" not in summary
-    assert {**summary, "timeline": fleet.model_dump(mode="json")["timeline"]} == fleet.model_dump(mode="json")
-    assert to_json(summary).count("\n") == 0

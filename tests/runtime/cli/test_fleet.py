@@ -95,7 +95,6 @@ def test_options_reach_the_planner(tightfit, planned, described, tmp_path):
             ("--kind", "federated", "--steps", 4, "--bits", 8),
             "--bits is for fleets of another kind; plan federated without it",
         ),
-        (("--steps", 8, "--html", "p.html"), "--html is for fleets of another kind; plan federated without it"),
         (
             ("--kind", "data", "--bits", 8),
             "--bits 8: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline",
@@ -106,9 +105,8 @@ def test_kinds_and_bits_that_are_none(tightfit, planned, described, tmp_path, wo
     assert tightfit("fleet", "plan", described, "-o", tmp_path / "out", *words) == (2, "", f"tightfit: {message}\n")
 
 
-def test_a_fleet_as_json_and_as_a_page(tightfit, planned, described, tmp_path):
-    page = tmp_path / "page.html"
-    code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out", "--html", page, "--json")
+def test_a_fleet_as_json(tightfit, planned, described, tmp_path):
+    code, out, _ = tightfit("fleet", "plan", described, "-o", tmp_path / "out", "--json")
     assert code == 0
     assert out.count("\n") == 1
     told = json.loads(out)
@@ -118,10 +116,7 @@ def test_a_fleet_as_json_and_as_a_page(tightfit, planned, described, tmp_path):
         ("phone", 3),
         ("watch", 0),
     ]
-    assert "timeline" not in told
-    assert (told["fleet"], told["html"]) == (str(tmp_path / "out" / "fleet.json"), str(page))
-    assert page.read_text().startswith("<!doctype html>")
-    assert err.endswith(f"html written to {page}\n")
+    assert told["fleet"] == str(tmp_path / "out" / "fleet.json")
 
 
 def test_what_was_planned_is_told_even_where_it_cannot_be_written(tightfit, planned, described, tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_the_plan_says_what_passes_and_what_comes_of_it(tightfit, described, tmp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--html", "page.html"], "--html is for fleets of another kind"),
+        (["--steps", "8"], "--steps is for fleets of another kind"),
         (["--bits", "5"], "5 bits: a message has numbers of 4, 8 bits"),
     ],
 )
