@@ -137,7 +137,9 @@ class CustomFunctions:
             nonlocal gradients
             found = type.__getattribute__(function, name)
             if inside or type.__getattribute__(function, "__module__").partition(".")[0] == "torch":
-                return functools.partial(apply, function) if name == "apply" and function is CheckpointFunction else found
+                return (
+                    functools.partial(apply, function) if name == "apply" and function is CheckpointFunction else found
+                )
             if name == "apply":
                 return functools.partial(apply, function)
             if name == "_backward_cls":
