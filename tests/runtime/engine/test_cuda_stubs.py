@@ -1,4 +1,6 @@
-"""Stubs in the place of libraries that PyTorch links and never calls. CUDA's are not there in the build for the CPU; `libshm` plays them."""
+"""Stubs in the place of libraries that PyTorch links and never calls. In the build for the CPU, `libshm` plays those of CUDA; in
+that for CUDA it is replaced beside them.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def shared_memory() -> Iterator[None]:
     """Replace libshm, a library that torch._C links, and of which the start calls one function."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(cuda_stubs.VARIABLE, raising=False)
-        patch.setattr(cuda_stubs, "CUDA", ("libshm.",))
-        patch.setattr(cuda_stubs, "REFERENCES", ("_Z11libshm_initPKc",))
+        patch.setattr(cuda_stubs, "CUDA", ("libshm.", *cuda_stubs.CUDA))
+        patch.setattr(cuda_stubs, "REFERENCES", ("_Z11libshm_initPKc", *cuda_stubs.REFERENCES))
         yield
 
 
@@ -61,7 +63,7 @@ print(json.dumps({"mode": mode, "y": y, "libraries": sorted({name for name in ma
 
 @pytest.mark.slow
 def test_pytorch_starts_with_stubs_and_computes_the_same(stubs: Path) -> None:
-    assert {path.name for path in stubs.iterdir()} == {"libshm.so", cuda_stubs.SYMBOLS}
+    assert {"libshm.so", cuda_stubs.SYMBOLS} <= {path.name for path in stubs.iterdir()}
     stubbed, whole = lean(KERNELS, str(stubs)), lean(KERNELS, "")
     assert stubbed["libraries"] == [f"{stubs}/libshm.so"]
     assert whole["libraries"] == [str(LIBRARIES / "libshm.so")]

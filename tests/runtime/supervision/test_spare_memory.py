@@ -27,7 +27,7 @@ def machine(tmp_path, monkeypatch):
         (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n")
         (proc / "self/cgroup").write_text(cgroup)
         for name, content in files.items():
-            path = mount / name
+            path = mount / name.lstrip("/")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(str(content))
         return spare_memory(proc, mount)
