@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small page-pictures example
+.PHONY: demo test test-all lint format lock docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small page-pictures example
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -17,10 +17,10 @@ example: $(VENV)/.installed
 # tests that are marked as slow, most of which repeat at other sizes or beside other features what quicker ones show.
 unexport PYTHONDONTWRITEBYTECODE # hundreds of processes import tightfit, which is compiled once
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
-test: lint
+test: $(VENV)/.installed-test
 	$(PYTEST) -m 'not slow' $(ARGS)
 
-test-all: lint
+test-all: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)
 
 # Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
@@ -87,6 +87,13 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Brings .ci/lock.txt up to date: the newest versions of all that pyproject.toml asks for, but for PyTorch, whose version is named here.
+LOCKED_TORCH ?= 2.13.0
+lock: $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	echo 'torch==$(LOCKED_TORCH)' | $(BIN)/uv pip compile pyproject.toml --extra test --extra dev --universal --python-version 3.11 \
+	    --no-annotate --upgrade --constraint - --custom-compile-command 'make lock' --output-file .ci/lock.txt $(ARGS)
+
 # Tables of what is tested, out of the tests.
 docs: $(VENV)/.installed
 	$(BIN)/python tests/whole/test_docs.py
@@ -104,8 +111,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[planner]'
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev]'
+# Tests and linting run with the versions in .ci/lock.txt, so that they say the same tomorrow; LOCK= takes the newest of everything.
+LOCK ?= --constraint .ci/lock.txt
+$(VENV)/.installed-test: pyproject.toml .ci/lock.txt | $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check $(LOCK) -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed
 
 clean:

@@ -9,7 +9,7 @@
 set -eu
 python=$1
 index=${2:-https://download.pytorch.org/whl/cpu}
-requirement=$(sed -n 's/^ *"\(torch[<>=][^"]*\)",$/\1/p' "$(dirname "$0")/../pyproject.toml")
+requirement=$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' "$(dirname "$0")/lock.txt")
 
 pip() {
     "$python" -m pip --disable-pip-version-check "$@"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
+
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
@@ -109,7 +111,7 @@ def _realize_draft(
     room = limit - charged
     facts = facts_of(drafted.train, frozenset(drafted.resident), drafted.sizes)
     beside = live_profile(drafted.beside, drafted.resident, drafted.sizes)
-    live = max(int(facts.live.max(initial=0)), max(beside, default=0))
+    live = max(int(np.max(facts.live, initial=0)), max(beside, default=0))
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
