@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tightfit.profiles.measuring.cpu_load import crowded
+from tightfit.runtime.common.torch_interface import untried
 
 if TYPE_CHECKING:
     from tightfit.profiles.schema import DeviceFigures
 
 
 def marks(device: DeviceFigures) -> list[str]:
-    """Reasons to doubt the figures, in words: other programs kept the cores busy, a bandwidth could not be measured."""
+    """Reasons to doubt the figures, in words: other programs kept the cores busy, a bandwidth could not be measured, PyTorch is
+    newer than this code.
+    """
     doubts = []
     if crowded(device.busy_cores, device.threads):
         doubts.append(
             f"other programs took {device.busy_cores:.1f} cores while this was measured, so times are too long;"
             " profile again once they are idle"
         )
+    if device.torch_version and (words := untried(device.torch_version)):
+        doubts.append(words)
     doubts += [channel.doubt for channel in (device.read, device.write) if channel.doubt is not None]
     return doubts
 

@@ -39,6 +39,8 @@ from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import limited
 from tightfit.runtime.common.option_names import named_as, on_command_line
+from tightfit.runtime.common.torch_interface import untried
+from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.supervision.failure import print_failure
 
 app = typer.Typer(
@@ -64,6 +66,9 @@ def _version(requested: bool) -> None:
             typer.echo(f"tightfit {version('tightfit')}")
         except PackageNotFoundError:
             typer.echo("tightfit, not installed (run from a checkout)")
+        with contextlib.suppress(ImportError):
+            torch_version = installed_version()
+            typer.echo("\n".join(filter(None, (f"PyTorch {torch_version}", untried(torch_version)))))
         raise typer.Exit
 
 

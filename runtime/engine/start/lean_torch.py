@@ -24,11 +24,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from tightfit.runtime.common import torch_interface
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import release_file_pages, split_file_mappings
 
-KNOWN = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14")  # tested versions; others are first tried in a forked process
 PLAIN = "TIGHTFIT_TORCH"  # set to "plain": import torch as usual
 BLOCKED = ("numpy", "_hashlib")  # optional for torch and hashlib; 9 MiB and 1 MiB of resident memory
 
@@ -171,7 +171,7 @@ class _NoGrad:
 
 
 def _known() -> bool:
-    return ".".join(installed_version().split(".")[:2]) in KNOWN
+    return not torch_interface.untried(installed_version())
 
 
 def _survives() -> bool:

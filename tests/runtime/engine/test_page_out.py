@@ -198,7 +198,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 def test_the_start_may_be_tried_in_another_process_first():
     """An unknown version of torch is tried in a forked process, which moves its own heap: a cap holds for it as well."""
     done = lean(
-        "import resource; from tightfit.runtime.engine.start import lean_torch; lean_torch.KNOWN = (); print(lean_torch.load());"
+        "import resource; from tightfit.runtime.engine.start import lean_torch; lean_torch.torch_interface.untried = str; print(lean_torch.load());"
         "import torch; print(torch.ops.aten.add.Tensor(torch.ones(2), 1).tolist());"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     )
