@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all lint format lock docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small page-pictures example
+.PHONY: demo test test-all test-machines lint format lock docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet bench-modules bench-truth bench-small page-pictures example
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -75,6 +75,11 @@ page-pictures: $(VENV)/.installed-test
 # needs root. ARGS='--models qwen2.5-0.5b --bundles folder'.
 bench-small: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/small_device.py $(ARGS)
+
+# Both commands of README as another user, with other Pythons and packages; makes a user, so needs root.
+# ARGS='--pythons python3.13 --users ordinary --packages newest --write' for one row.
+test-machines: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/machines.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
