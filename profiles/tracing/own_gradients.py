@@ -67,7 +67,7 @@ class _FunctionUse:
         remaining = iter(tensors)
         leaves = [next(remaining) if argument is _TensorPlaceholder else argument for argument in self.arguments]
         args, kwargs = pytree.tree_unflatten(leaves, self.form)
-        results, self.results_form = pytree.tree_flatten(_apply(self.function, *args, **kwargs))
+        results, self.results_form = pytree.tree_flatten(self.function.apply(*args, **kwargs))
         self.results = [_TensorPlaceholder if isinstance(result, Tensor) else result for result in results]
         return [result for result in results if isinstance(result, Tensor)]
 
@@ -106,9 +106,8 @@ class CustomFunctions:
             nonlocal inside
             if function is CheckpointFunction:  # checkpointing is dropped: the plan decides what is recomputed
                 return args[0](*args[2:])
-            # Functions of PyTorch itself are traced through: their backward is the derivative of their forward.
-            if inside or function.__module__.partition(".")[0] == "torch":
-                return _apply(function, *args, **kwargs)
+            if inside:
+                return function.apply(*args, **kwargs)
             leaves, form = pytree.tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             arguments = [_TensorPlaceholder if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -136,10 +135,10 @@ class CustomFunctions:
             """
             nonlocal gradients
             found = type.__getattribute__(function, name)
-            if inside or type.__getattribute__(function, "__module__").partition(".")[0] == "torch":
-                return (
-                    functools.partial(apply, function) if name == "apply" and function is CheckpointFunction else found
-                )
+            # Functions of PyTorch itself are traced through: their backward is the derivative of their forward.
+            torchs = type.__getattribute__(function, "__module__").partition(".")[0] == "torch"
+            if inside or (torchs and function is not CheckpointFunction):
+                return found
             if name == "apply":
                 return functools.partial(apply, function)
             if name == "_backward_cls":
@@ -165,17 +164,13 @@ class CustomFunctions:
             mock.patch.object(FunctionCtx, "mark_dirty", mark_dirty),
         ):
             yield
+        inside = True  # for what a forward has kept of `apply`
 
     def restore(self, graph: fx.Graph) -> None:
         """Replace every recorded operator in the graph by a call of its Function."""
         for use in self.uses:
             for node in graph.find_nodes(op="call_function", target=use.operator):
                 node.target = use.call
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-    """What the unpatched `function.apply` does."""
-    return super(_SingleLevelFunction, function).apply(*args, **kwargs)  # type: ignore[misc]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -47,6 +47,22 @@ class Step(torch.autograd.Function):
         return gradient
 
 
+class Factor(torch.autograd.Function):
+    """With a default, which the context gets too."""
+
+    @staticmethod
+    def forward(x, factor=2.0):
+        return x * factor
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.factor + 1), None
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
@@ -90,6 +106,7 @@ class Reading(torch.autograd.Function):
 
 
 step = Step.apply  # taken off the class before anything is traced
+factor = Factor.apply
 
 
 class Pair(nn.Module):
@@ -108,6 +125,20 @@ def scaled(module, x):
 
 def straight_through(module, x):
     return (module.b(step(module.a(x))) + Reversed.apply(module.a(x), 0.3)).square().mean()
+
+
+def with_defaults(module, x):
+    return (module.b(factor(module.a(x))) + factor(module.a(x), 5.0) + Factor.apply(module.b(x), 3.0)).square().mean()
+
+
+def by_name(module, x):
+    return module.b(factor(module.a(x), factor=3.0)).square().mean()
+
+
+def in_no_grad(module, x):
+    with torch.no_grad():
+        held = factor(module.a(x)) * Factor.apply(module.a(x), 4.0)
+    return (held * module.b(x)).square().mean()
 
 
 def expanded(module, x):
@@ -148,6 +179,9 @@ def made_of(module: nn.Module, traced: Trace, batch: dict[str, torch.Tensor]) ->
     [
         scaled,
         straight_through,
+        with_defaults,
+        by_name,
+        in_no_grad,
         expanded,
         of_the_loss,
         without_gradient,
