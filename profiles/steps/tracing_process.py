@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+TAKE_A_BUNDLE = (
+    "take a bundle of the model: `tightfit prepare` makes it on a machine with more memory, or a service does"
+)
 TRACING_BYTES, TRANSFORMERS_BYTES = 416 << 20, 700 << 20
 """what the worker holds at most, for a hand-written family and for one that transformers builds"""
 FAMILY_BYTES = 272 << 20
@@ -108,10 +111,7 @@ def what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     needed += DORA_BYTES * step.options.dora
     if isinstance(step, DecoderStep) and step.tile is not None:
         needed += TILE_BYTES * (step.batch * step.seq // step.tile)
-    return (
-        needed,
-        "take a bundle of the model: `tightfit prepare` makes it on a machine with more memory, or a service does",
-    )
+    return needed, TAKE_A_BUNDLE
 
 
 def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
@@ -131,8 +131,7 @@ def traced_answers(source: Source) -> Answers:
     if "torch" in sys.modules:
         return trace_answers(source)
     request = BundleRequest(name=source.name, config=source.config)
-    instead = "take a bundle of the model (--server URL, or --bundle FOLDER)"
-    return Answers.model_validate(_by_worker("answers", request, FAMILY_BYTES, instead, lambda *_: None))
+    return Answers.model_validate(_by_worker("answers", request, FAMILY_BYTES, TAKE_A_BUNDLE, lambda *_: None))
 
 
 def traced_bundle(request: BundleRequest, report: Progress) -> Bundle:

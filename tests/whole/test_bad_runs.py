@@ -165,22 +165,6 @@ def test_other_held_out_data_are_evaluated_as_before_the_first_step_too(tightfit
 
 
 @pytest.mark.slow
-def test_a_report_that_does_not_say_what_was_evaluated_is_an_answer_too(tightfit, work, tmp_path):
-    """As earlier versions wrote it."""
-    data = work / "data.jsonl"
-    run = ("run", work / "plan.json", "--data", data, "-o", tmp_path, "--steps", 2)
-    assert tightfit(*run, "--eval", data)[0] == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    for told in report["evaluation"].values():
-        del told["data"]
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    before = files(tmp_path)
-    for words in (["--eval", data], []):
-        assert tightfit(*run, *words, "--resume")[0] == 0
-        assert files(tmp_path) == before
-
-
-@pytest.mark.slow
 def test_one_run_in_a_folder(refused, tightfit, work, tmp_path):
     run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", tmp_path / "out", "--steps")
     assert tightfit(*run, 1)[0] == 0

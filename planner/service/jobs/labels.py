@@ -45,7 +45,8 @@ def file_label(file: Row) -> str:
     summary, name = json.loads(file["summary"]), file["name"]
     if file["kind"] == "profile":
         lora = summary.get("lora")
-        return ", ".join([name, *([f"LoRA rank {lora['rank']}"] if lora else []), *_shape(summary)])
+        rank = lora.get("rank") if isinstance(lora, dict) else None  # an uploaded profile may say anything
+        return ", ".join([name, *([] if rank is None else [f"LoRA rank {rank}"]), *_shape(summary)])
     if file["kind"] == "plan":
         policy = summary.get("policy")
         return _sentence(name.removesuffix(f", {policy}"), memory=[summary["budget_bytes"]], policy=policy)
