@@ -87,7 +87,7 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, measured):
         # What it has saved counts among what is kept, and is removed with it.
         with contextlib.closing(sqlite3.connect(service.data / "service.sqlite")) as database:
             ((kept,),) = database.execute("SELECT stored_bytes FROM files WHERE kind = 'folder' AND id = ?", (first,))
-        assert kept == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        assert kept == sum(path.stat().st_size for path in out.parent.rglob("*") if path.is_file())
 
         ended = service.wait(service.http.get(f"/v1/jobs/{second}").json())
         assert (ended["state"], ended["result"]["report"]["steps"]) == ("succeeded", 8), ended
