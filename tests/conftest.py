@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ torch.set_num_threads(1)
 
 cpu_load.WAIT_SECONDS = 0.0  # the file that is tested beside this one would be waited for
 
+MEASURED_OF_MACHINE = "TIGHTFIT_TESTS_MACHINE"
+"""variable with the folder of what the processes of this run have measured of the machine"""
 LONGEST = (
     "whole/test_demo_model",
     "whole/test_end_to_end",
@@ -78,6 +81,14 @@ LONGEST = (
 )
 """files, by about how long they take"""
 assert all((Path(__file__).parent / f"{name}.py").exists() for name in LONGEST)
+
+
+def pytest_configure(config):
+    """The process that starts the others makes the folder for all of them."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="tightfit-tests-")
+        os.environ[MEASURED_OF_MACHINE] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that were not asked for by -m are left out
@@ -160,15 +171,15 @@ def cgroup(request):
 
 @contextlib.contextmanager
 def caching_in(path):
-    """Nothing goes into the cache of the person who runs the tests, but for what is of the machine: what is compiled, which takes ten
-    seconds, and what processes hold, which is measured in four.
+    """Nothing goes into the cache of the person who runs the tests, but for what is compiled, which takes ten seconds. What is measured of
+    the machine is measured once for all caches of a run.
     """
+    compiled = cache_directory() / "native"
+    compiled.mkdir(parents=True, exist_ok=True)
     path.mkdir(exist_ok=True)
-    for name in ("native", "machine"):
-        shared = cache_directory() / name
-        shared.mkdir(parents=True, exist_ok=True)
+    for name, shared in (("native", compiled.resolve()), ("machine", os.environ[MEASURED_OF_MACHINE])):
         with contextlib.suppress(FileExistsError):
-            (path / name).symlink_to(shared.resolve())
+            (path / name).symlink_to(shared)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIGHTFIT_CACHE", str(path))
         yield path

@@ -1,7 +1,7 @@
 """A comparison as one self-contained HTML page: nothing is fetched, every chart has its table beside it.
 
-`comparison_page` turns plans into text; the page's markup and script are ``page.html.jinja`` beside this file, its style
-is that of ``base.html.jinja``. Its charts are drawn by ``charts.js``, of data in the page.
+`comparison_page` turns plans into text; the page's markup and script are ``page.html.jinja`` beside this file. Its charts are drawn by
+``charts.js``, of data in the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fills in the templates of the self-contained pages (``*.html.jinja``); all of them build on ``base.html.jinja``."""
+"""Fills in the templates of the self-contained pages (``*.html.jinja``)."""
 
 from __future__ import annotations
 
