@@ -29,6 +29,7 @@ from tightfit.profiles.steps.step import ProfiledStep, of_source
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import check_place, run_worker, work
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.engine.start.cuda_stubs import built_for_cuda
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +46,9 @@ FAMILY_BYTES = 272 << 20
 """what it holds at most for the answers of a hand-written family: 253 MiB of Gemma 3's with 4 B parameters"""
 DORA_BYTES, TILE_BYTES = 64 << 20, 5 << 20
 """what magnitudes of DoRA, and each tile, add"""
+CUDA_BYTES = 640 << 20
+"""what CUDA's libraries add, most of it pages of files: 588 to 617 MiB with PyTorch 2.14.1, which no stubs serve here, since all of
+PyTorch looks for their kernels as it is imported"""
 
 
 def request_of(model: BundleRequest, options: ProfileOptions) -> BundleRequest:
@@ -105,9 +109,17 @@ def traced_here(step: ProfiledStep) -> bool:
     return "torch" in sys.modules or not step.worth_a_process
 
 
+def _tracing_bytes(config: dict[str, Any]) -> int:
+    return (TRACING_BYTES if handwritten(config) else TRANSFORMERS_BYTES) + _cuda_bytes()
+
+
+def _cuda_bytes() -> int:
+    return CUDA_BYTES if built_for_cuda() else 0
+
+
 def what_it_takes(step: ProfiledStep) -> tuple[int, str]:
     """(bytes of the worker, what to do where they are not free)."""
-    needed = TRACING_BYTES if handwritten(step.source.config) else TRANSFORMERS_BYTES
+    needed = _tracing_bytes(step.source.config)
     needed += DORA_BYTES * step.options.dora
     if isinstance(step, DecoderStep) and step.tile is not None:
         needed += TILE_BYTES * (step.batch * step.seq // step.tile)
@@ -131,7 +143,9 @@ def traced_answers(source: Source) -> Answers:
     if "torch" in sys.modules:
         return trace_answers(source)
     request = BundleRequest(name=source.name, config=source.config)
-    return Answers.model_validate(_by_worker("answers", request, FAMILY_BYTES, TAKE_A_BUNDLE, lambda *_: None))
+    return Answers.model_validate(
+        _by_worker("answers", request, FAMILY_BYTES + _cuda_bytes(), TAKE_A_BUNDLE, lambda *_: None)
+    )
 
 
 def traced_bundle(request: BundleRequest, report: Progress) -> Bundle:
@@ -141,7 +155,7 @@ def traced_bundle(request: BundleRequest, report: Progress) -> Bundle:
     """
     if "torch" in sys.modules:
         return make_bundle(request, report)
-    needed = TRACING_BYTES if handwritten(request.config) else TRANSFORMERS_BYTES
+    needed = _tracing_bytes(request.config)
     instead = "make the bundle on a machine with more memory"
     return Bundle.model_validate(_by_worker("bundle", request, needed, instead, report))
 

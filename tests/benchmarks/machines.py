@@ -128,7 +128,8 @@ def tried(python: str, user: str, packages: str) -> list[str]:
     if made.run(f"{made.python} -c 'import venv, ensurepip'").returncode:
         return [python, user, packages, "", "untried: this user cannot use it", "", ""]
     row = made.row()
-    shutil.rmtree(folder)
+    if "ends well" in row and "fail" not in row[5] and "error" not in row[5] and "exit" not in row[5]:
+        shutil.rmtree(folder)
     return row
 
 

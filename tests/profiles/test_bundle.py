@@ -268,13 +268,14 @@ def test_another_bundle_in_the_same_folder_replaces_all(model: Path, whole: Path
     assert Bundle.load(tmp_path).step.seq == 8
 
 
-@pytest.mark.slow
 def test_a_process_without_pytorch_does_without(model: Path, tmp_path: Path, folder: Path) -> None:
-    """A worker traces; what it gives is the same to the bit, and messages name options as the command line does."""
+    """A worker traces within the memory that is said, CUDA's libraries included; what it gives is the same to the bit."""
     script = (
         "import sys; from tightfit.profiles.api import prepare\n"
+        "from tightfit.profiles.worker_process import MEMORY_OF_WORKERS as workers\n"
         f"prepare({str(model)!r}, {str(tmp_path)!r}, False, **{STEP!r})\n"
         "assert not {'torch', 'transformers', 'ortools', 'matplotlib', 'networkx'} & set(sys.modules)\n"
+        "assert 0.7 * workers.predicted_bytes < workers.held_bytes < workers.predicted_bytes, vars(workers)\n"
     )
     subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": python_path(), "PATH": ""}, check=True)
     digests = {hashlib.sha256((path / BUNDLE).read_bytes()).hexdigest() for path in (tmp_path, folder)}

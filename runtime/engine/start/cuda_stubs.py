@@ -59,6 +59,12 @@ def in_use() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
+def built_for_cuda() -> bool:
+    """Whether the installed PyTorch brings CUDA's libraries, which a process that imports all of PyTorch loads."""
+    libraries = _libraries()
+    return libraries is not None and any(path.name.startswith(CUDA) for path in libraries.glob("lib*"))
+
+
 def folder(cache: Path) -> str:
     """Folder in `cache` of the stubs for the installed PyTorch, made now if need be; empty if none are needed
     or work.
@@ -68,9 +74,7 @@ def folder(cache: Path) -> str:
     import subprocess
 
     libraries = _libraries()
-    if libraries is None or not any(path.name.startswith(CUDA) for path in libraries.glob("lib*")):
-        return ""
-    if platform.machine() != "x86_64":
+    if libraries is None or not built_for_cuda() or platform.machine() != "x86_64":
         return ""  # stubs are made for x86-64 alone
     path = machine_code.folder(cache) / f"cuda-stubs-{_key(libraries)}"
     if not path.is_dir():
