@@ -28,7 +28,7 @@ from tightfit.planner.instructions import (
     Update,
 )
 from tightfit.planner.report.costs import CostLedger
-from tightfit.planner.report.memory_categories import MemoryBand, bands, feasible, peak_parts
+from tightfit.planner.report.memory_categories import MemoryBand, bands, peak_parts
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.recording import record
 from tightfit.profiles.devices.words import words_of
@@ -52,11 +52,6 @@ WORDS = {
     "free": "free",
 }
 """what an instruction does -> how it is told"""
-
-
-def has_columns(plan: Plan) -> bool:
-    """Whether there is a step to draw."""
-    return feasible(plan) and plan.train is not None and bool(plan.train.instructions)
 
 
 def step_columns(plan: Plan) -> dict[str, Any]:

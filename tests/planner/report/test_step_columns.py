@@ -10,12 +10,11 @@ import json
 import pytest
 from bare_graphs import graph_of
 from layered_graph import layered
-from sample_plans import infeasible_plan, sample_plan
 from small_steps import SMALL_STEPS, small_step
 
 from tightfit.planner.plan import plan as solve
 from tightfit.planner.report.costs import CostLedger
-from tightfit.planner.report.step_columns import has_columns, packed_columns, step_columns
+from tightfit.planner.report.step_columns import packed_columns, step_columns
 from tightfit.profiles.graph_input import graph_profile
 
 
@@ -124,8 +123,3 @@ def test_packed_they_are_small(plan, columns):
     packed = packed_columns(plan)
     assert json.loads(gzip.decompress(base64.b64decode(packed))) == json.loads(json.dumps(columns))
     assert len(packed) < len(json.dumps(columns)) / 2
-
-
-def test_what_does_not_fit_has_none():
-    assert has_columns(sample_plan())
-    assert not has_columns(infeasible_plan())
