@@ -1,8 +1,10 @@
-"""How much memory measuring takes, counted from the programs before anything is started, and how large its buffers may be.
+"""How much memory measuring takes, counted from the programs before anything is started, and how large its buffers may
+be.
 
-The process that measures (`tightfit.profiles.measuring.worker`) holds PyTorch's kernels, those that it builds for the operators, and then
-either the arena of one program or buffers that are used in turn, so that none of them is in a cache when its turn comes. After it, the
-process that measures the floor (`tightfit.profiles.measuring.floor`) has one child at a time, or two.
+The process that measures (`tightfit.profiles.measuring.worker`) holds PyTorch's kernels, those that it builds for the
+operators, and then either the arena of one program or buffers that are used in turn, so that none of them is in a cache
+when its turn comes. After it, the process that measures the floor (`tightfit.profiles.measuring.floor`) has one child
+at a time, or two.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import Any, NamedTuple
 from tightfit.profiles.measuring.placement import place
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB, format_size
+from tightfit.runtime.engine.start.cuda_stubs import built_for_cuda
 from tightfit.runtime.engine.weights.layout import ELEMENT_BYTES, Entry
 
 LEAST_TURNING, MOST_TURNING = 64 * MIB, 192 * MIB
-"""bytes of the buffers that are used in turn, if there is memory for them: twice the processor's largest cache, within these limits"""
+"""bytes of the buffers that are used in turn, if there is memory for them: twice the processor's largest cache, within
+these limits
+"""
 SMALLEST_TURNING = 4 * MIB
 """the same where memory is short; a weight is always whole while operators read it"""
 TURNING_PARTS = 16
@@ -34,6 +39,8 @@ GATHERED_ROWS = 8192
 
 START_BYTES = 70 * MIB
 """VmHWM of a lean process once PyTorch's kernels are loaded and warm"""
+CUDA_START_BYTES = 4 * MIB
+"""how much more that is where PyTorch is the build for CUDA, with stubs in the place of its libraries"""
 LEAN_BYTES = 40 * MIB
 """what it holds afterwards, with what measuring imports"""
 PLAIN_BYTES = 190 * MIB
@@ -113,8 +120,8 @@ def measuring_memory(measured: Measured, memory: int | None = None) -> Measuring
     least = predicted_memory(measured, SMALLEST_TURNING)
     if memory is not None and least.predicted_bytes > memory:
         raise InputError(
-            f"measuring takes {format_size(least.predicted_bytes)} at least, {format_size(memory)} are given for it; take a smaller batch or sequence or"
-            " a larger budget, or profile on a larger machine"
+            f"measuring takes {format_size(least.predicted_bytes)} at least, {format_size(memory)} are given for it;"
+            " take a smaller batch or sequence or a larger budget, or profile on a larger machine"
         )
     most = max(LEAST_TURNING, min(MOST_TURNING, 2 * largest_cache()))
     sizes = [SMALLEST_TURNING + (most - SMALLEST_TURNING) * part // TURNING_PARTS for part in range(TURNING_PARTS + 1)]
@@ -128,7 +135,9 @@ def plain_bytes() -> int:
 
 
 def predicted_memory(measured: Measured, turning_bytes: int, floor_children: int = 1) -> MeasuringMemory:
-    """What measuring takes with so many bytes of buffers that are used in turn, and so many processes for the floor at once."""
+    """What measuring takes with so many bytes of buffers that are used in turn, and so many processes for the floor at
+    once.
+    """
     plain = plain_bytes()
     request_bytes = REQUEST_FACTOR * sum(len(json.dumps(program)) for program in measured.programs)
     products = {
@@ -146,8 +155,9 @@ def predicted_memory(measured: Measured, turning_bytes: int, floor_children: int
         measured.step_bytes,
         *(place(program, turning_bytes).bytes + most for program, most in zip(measured.programs, beside, strict=True)),
     )
-    worker_bytes = max(START_BYTES, lean_bytes + buffers)
-    child_bytes = max(START_BYTES, lean_bytes + max(beside, default=0))
+    start_bytes = START_BYTES + (CUDA_START_BYTES if built_for_cuda() else 0)
+    worker_bytes = max(start_bytes, lean_bytes + buffers)
+    child_bytes = max(start_bytes, lean_bytes + max(beside, default=0))
     floor_bytes = FLOOR_BYTES + request_bytes + floor_children * child_bytes + (floor_children - 1) * plain
     return MeasuringMemory(
         turning_bytes=turning_bytes,
@@ -163,7 +173,9 @@ def unpack_buffers(turning_bytes: int, kind: str, group: int, rows: int, columns
 
 
 def update_buffers(turning_bytes: int, elements: int, accumulate: int = 1) -> TurningBuffers:
-    """For updating a trainable: value, gradient and two moments, where several steps make an update their sum, all in float32."""
+    """For updating a trainable: value, gradient and two moments, where several steps make an update their sum, all in
+    float32.
+    """
     return _buffers(turning_bytes, elements, 4 * (4 + (accumulate > 1)))
 
 
@@ -195,8 +207,8 @@ def largest_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> 
 
 
 def _beside(program: Mapping[str, Any]) -> int:
-    """Most bytes beside a program's arena: the outputs of an operator that are compared with those in the arena, as results and in
-    place, and its workspace.
+    """Most bytes beside a program's arena: the outputs of an operator that are compared with those in the arena, as
+    results and in place, and its workspace.
     """
     values = {value["name"]: value for value in program["values"]}
     return max((_beside_operator(operator, values) for operator in program["operators"]), default=0)
@@ -211,7 +223,9 @@ def _beside_operator(operator: Mapping[str, Any], values: Mapping[str, Mapping[s
 
 
 def likeness(program: Mapping[str, Any], operator: Mapping[str, Any]) -> str:
-    """A key that is equal for operators with the same target and shapes, whose kernels and workspace are therefore the same."""
+    """A key that is equal for operators with the same target and shapes, whose kernels and workspace are therefore the
+    same.
+    """
     values = {value["name"]: value for value in program["values"]}
     names = [*operator["inputs"], None, *operator["outputs"]]
     shapes = [None if name is None else (values[name]["dtype"], values[name]["shape"]) for name in names]

@@ -98,7 +98,7 @@ def test_nothing_heavy_is_imported(kind: str, plans: dict[str, Path], tmp_path: 
     told = _prepared(plans[kind], data, tmp_path / "out")
     assert told["error"] is None
     assert told["heavy"] == []
-    assert told["peak"] < 70 * MIB  # with PyTorch 250
+    assert told["peak"] < 90 * MIB  # with PyTorch 250
     assert told["tokenising"] < (1 if kind == "config" else 50 * MIB)
 
 
@@ -179,7 +179,9 @@ def test_the_version_of_torch_is_told_without_importing_it() -> None:
 
 
 def test_a_process_that_holds_more_than_the_budget_still_reads_its_data(monkeypatch):
-    """With PyTorch it is not held to the budget; without, a line is refused, and none is taken for the end of the file."""
+    """With PyTorch it is not held to the budget; without, a line is refused, and none is taken for the end of the
+    file.
+    """
     assert "torch" in sys.modules
     assert Preparation(1).longest_line() is None
     monkeypatch.setattr(sys, "modules", {name: one for name, one in sys.modules.items() if name != "torch"})

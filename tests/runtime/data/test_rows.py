@@ -1,5 +1,5 @@
-"""A row is one sample, a folder one kind of data, and what people write is text: whatever would be dropped or read as something else
-is refused by name, with its line.
+"""A row is one sample, a folder one kind of data, and what people write is text: whatever would be dropped or read as
+something else is refused by name, with its line.
 """
 
 from __future__ import annotations
@@ -140,7 +140,11 @@ def test_a_key_that_stands_twice_is_refused_by_name(form: str, data: st.DataObje
 
 
 def test_a_cell_of_a_table_is_read_as_strictly(tmp_path: Path) -> None:
-    cells = ['[{"role": "assistant", "role": "user", "content": "a"}]', "[" * 5000, '[{"role": "assistant", "x": NaN}]']
+    cells = [
+        '[{"role": "assistant", "role": "user", "content": "a"}]',
+        "[" * 5000 + "]" * 5000,
+        '[{"role": "assistant", "x": NaN}]',
+    ]
     (tmp_path / "a.csv").write_text("messages\n" + "".join('"' + cell.replace('"', '""') + '"\n' for cell in cells))
     told = [str(one) for _, one in read_samples(tmp_path / "a.csv")]
     assert ["stands twice" in told[0], "nested more than 100 deep" in told[1], "NaN is no number" in told[2]] == [
@@ -307,7 +311,9 @@ def test_no_control_token_comes_of_words_and_what_stands_beside_them(
 
 
 def test_words_that_could_begin_a_control_token_have_their_usual_tokens() -> None:
-    """Nothing parts them where none comes of them: an answer that is a word in the name of a special token, a quotation."""
+    """Nothing parts them where none comes of them: an answer that is a word in the name of a special token, a
+    quotation.
+    """
     encoder = Encoder(VOCABULARY, 420)
     for words in ("end", "im", "start", "<", "> a", "a <", "|"):
         turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
