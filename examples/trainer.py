@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tightfit import Session, minimum_budget, plan, profile
 
 CONFIG: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
 }  # fmt: skip
 ROWS, TOKENS = 8, 24
@@ -76,8 +77,8 @@ def counting(count: int, seed: int) -> list[dict[str, list[int]]]:
 def train(
     out: Path, steps: int = 200, max_grad_norm: float | None = 1.0
 ) -> tuple[float, float, list[dict[str, float]]]:
-    """Train for `steps` steps with gradients clipped to a norm, or not; returns the held-out loss before and after, and what
-    was logged.
+    """Train for `steps` steps with gradients clipped to a norm, or not; returns the held-out loss before and after, and
+    what was logged.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(CONFIG))
@@ -86,7 +87,8 @@ def train(
     planned = plan(measured, least + (10 << 20), max_grad_norm=max_grad_norm)
     with Session(planned, out=out / "session", overwrite=True) as session:
         options = transformers.TrainingArguments(
-            output_dir=str(out / "trainer"), per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, max_steps=steps,
+            output_dir=str(out / "trainer"), per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS,
+            max_steps=steps,
             learning_rate=2e-2, lr_scheduler_type="cosine", warmup_steps=10, logging_steps=50, save_strategy="no",
             remove_unused_columns=False, report_to=[], use_cpu=True, seed=0,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Two small image models for `tightfit profile examples.vision:residual_cnn` and `...:vision_transformer`.
 
 A factory takes no arguments and returns a module and a sample batch. The module's forward takes the batch and returns
-the scalar loss; all its parameters are trained. The models use group and layer normalisation, whose results do not depend
-on the other samples of a batch.
+the scalar loss; all its parameters are trained. The models use group and layer normalisation, whose results do not
+depend on the other samples of a batch.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def parse_plan(data: bytes, origin: str) -> Plan:
         if isinstance(content, dict) and "members" in content:
             fleet_kind = str(content.get("kind"))
             raise InputError(
-                f"{origin}: the plan of a fleet ({fleet_kind}), not of one device; `{fleet_command(fleet_kind)} {origin} ...` runs it"
+                f"{origin}: the plan of a fleet ({fleet_kind}), not of one device; `{fleet_command(fleet_kind)}"
+                f" {origin} ...` runs it"
             )
         raise InputError(f"{origin}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:

@@ -1,5 +1,5 @@
-"""The plans of the smallest budgets that were ever found, kept in the cache by profile and policy: a later call, in this process or
-another, knows them, and never says of a budget that nothing fits where something does.
+"""The plans of the smallest budgets that were ever found, kept in the cache by profile and policy: a later call, in
+this process or another, knows them, and never says of a budget that nothing fits where something does.
 """
 
 from __future__ import annotations

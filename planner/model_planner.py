@@ -178,7 +178,9 @@ class ModelPlanner:
         return sealed(plan.model_copy(update=figures))
 
     def _lowest_plan(self, policy: str, lowest: Schedule) -> Plan:
-        """The plan of the lowest peak, without bounds: that of the schedule `lowest`, or one that an earlier call found."""
+        """The plan of the lowest peak, without bounds: that of the schedule `lowest`, or one that an earlier call
+        found.
+        """
         if policy not in self._known:
             self._known[policy] = smallest_known(self.profile, policy)
         known = self._known[policy]
@@ -218,7 +220,8 @@ class ModelPlanner:
         deadline = time.monotonic() + checked_limit(time_limit)
         name = policy or "solver"
         lowest, timely = self._lowest_schedule(name, deadline)
-        # The plan at the smallest budget, made for its speed, may hold a few instructions less: then one is found below that budget.
+        # The plan at the smallest budget, made for its speed, may hold a few instructions less: then one is found below
+        # that budget.
         while name == "solver" and timely and (rest := deadline - time.monotonic()) > 0:
             made = self.plan(lowest.peak_bytes, time_limit=rest)
             if self.interrupted:
@@ -261,8 +264,8 @@ class ModelPlanner:
             )
             if "+cu" in (lowest_plan.device.torch_version or "") and not floor.cuda_stubs:
                 reason += (
-                    f"; torch {lowest_plan.device.torch_version} is built for CUDA, the build without takes a fraction of that:"
-                    " pip install torch --index-url https://download.pytorch.org/whl/cpu"
+                    f"; torch {lowest_plan.device.torch_version} is built for CUDA, the build without takes a fraction"
+                    " of that: pip install torch --index-url https://download.pytorch.org/whl/cpu"
                 )
         else:
             reason = (

@@ -24,10 +24,10 @@ def plan(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     `policy` names a fixed rule to use instead of the solver. The search ends once the plan's gap, (step - bound) /
     step, is proven to be at most `gap`; with 0 it goes on until the plan is proven optimal, it has stopped gaining, or
     `time_limit` seconds are over. `optimizer` is adamw (None), adam, sgd, momentum, lion or adafactor, whose states and
-    updates the plan has. `max_grad_norm` scales the gradients of an update down, all of them together, to at most
-    this norm, as `torch.nn.utils.clip_grad_norm_` does; None: not at all. For a budget that is too small the plan has status infeasible and states the smallest
-    budget found and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError
-    for a profile, a policy or a number that cannot be used.
+    updates the plan has. `max_grad_norm` scales the gradients of an update down, all of them together, to at most this
+    norm, as `torch.nn.utils.clip_grad_norm_` does; None: not at all. For a budget that is too small the plan has status
+    infeasible and states the smallest budget found and what sets it. `progress` is called with stage, incumbent, bound,
+    gap and seconds. Raises InputError for a profile, a policy or a number that cannot be used.
     """
     adjusted = chosen(profile, options.optimizer, options.max_grad_norm)
     return planner_of(adjusted).plan(

@@ -107,14 +107,20 @@ class Plan(FrozenRecord):
     profile_fingerprint: str
     policy: str = Field(description="solver, or the name of the fixed rule")
     status: Literal["optimal", "feasible", "fallback", "infeasible"] = Field(
-        description="optimal: proven the best of its class, to rounding; feasible: within `gap` of the best; fallback: the time limit ended the"
-        " search before it had a plan; infeasible: nothing fits. A fixed rule is feasible where it fits"
+        description=(
+            "optimal: proven the best of its class, to rounding; feasible: within `gap` of the best; fallback: the time"
+            " limit ended the search before it had a plan; infeasible: nothing fits. A fixed rule is feasible where it"
+            " fits"
+        )
     )
     budget_bytes: int
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
     step_seconds: float = Field(
-        description="by the model: the mean over a cycle, and over the steps that share an update; `expected_seconds` are what to expect"
+        description=(
+            "by the model: the mean over a cycle, and over the steps that share an update; `expected_seconds` are what"
+            " to expect"
+        )
     )
     bound_seconds: Bound = Field(description="no plan of this class is faster at this budget")
     any_schedule_bound_seconds: Bound = Field(description="no schedule at all is faster at this budget")
@@ -126,8 +132,10 @@ class Plan(FrozenRecord):
     )
     ended_by: Literal["proof", "gap", "stalled", "time limit", "interrupt"] | None = Field(
         None,
-        description="what ended the solver's search: the proof that no plan of this class is faster, to rounding; the gap that was asked"
-        " for; that it had stopped gaining; the time limit; or Ctrl-C. None: a fixed rule, or not said",
+        description=(
+            "what ended the solver's search: the proof that no plan of this class is faster, to rounding; the gap that"
+            " was asked for; that it had stopped gaining; the time limit; or Ctrl-C. None: a fixed rule, or not said"
+        ),
     )
     minimum_budget_bytes: int | None = None
     minimum_budget_reason: str | None = None
@@ -185,8 +193,8 @@ class Plan(FrozenRecord):
 
     @property
     def expected_seconds(self) -> float:
-        """What a step is expected to take: what it took in the plan's rehearsal; else `step_seconds`, the model's seconds, by which
-        plans are compared.
+        """What a step is expected to take: what it took in the plan's rehearsal; else `step_seconds`, the model's
+        seconds, by which plans are compared.
         """
         if self.rehearsal is None or self.rehearsal.seconds is None:
             return self.step_seconds

@@ -1,4 +1,6 @@
-"""The options of a search in one record, checks of budget, time limit and gap, and the shares into which a time limit is divided."""
+"""The options of a search in one record, checks of budget, time limit and gap, and the shares into which a time limit
+is divided.
+"""
 
 from __future__ import annotations
 
@@ -51,31 +53,36 @@ class PlanOptions(Options):
     """How one budget is planned for (`tightfit.planner.plan.plan` says more of each).
 
     The fields made by `option` are the options, with the same words, of `tightfit plan` and `compare`, of the service's
-    `/v1/plans` and `/v1/comparisons` and of the forms on its page (`tightfit.profiles.option_fields`). Where several policies
-    are compared, a list takes the place of `policy`.
+    `/v1/plans` and `/v1/comparisons` and of the forms on its page (`tightfit.profiles.option_fields`). Where several
+    policies are compared, a list takes the place of `policy`.
     """
 
     policy: str | None = option(
         None,
-        "A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three.",
+        "A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb,"
+        " whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a"
+        " bare graph one of the first three.",
     )
     time_limit: Seconds = option(
         TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", primary=True
     )
     gap: Gap = option(
         0.0,
-        "End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
+        "End a search once its plan is proven to be slower than the best of its kind by at most this share, for example"
+        " 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
         metavar="SHARE",
     )
     optimizer: Literal["adamw", "adam", "sgd", "momentum", "lion", "adafactor"] | None = option(
         None,
-        "adamw (unless another is named), adam, sgd, momentum, lion or adafactor: what it keeps of each trained tensor is in the plan.",
+        "adamw (unless another is named), adam, sgd, momentum, lion or adafactor: what it keeps of each trained tensor"
+        " is in the plan.",
         metavar="NAME",
         primary=True,
     )
     max_grad_norm: float | None = option(
         None,
-        "Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_ does.",
+        "Clip gradients: scale all of an update down together to a norm of at most X, as torch.nn.utils.clip_grad_norm_"
+        " does.",
         label="Largest gradient norm",
         metavar="X",
         gt=0,

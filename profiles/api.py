@@ -77,40 +77,42 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     `device`.
 
     `source` is anything that `tightfit.profiles.sources.lookup.resolve` takes; `device` is "cpu" (this machine) or
-    anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples (default: 1) of
-    `seq` tokens (default: 256); a module:factory brings its own sample batch instead. The gradients of `accumulate` steps make one optimizer
-    update. `dtype` is the type of activations and unpacked weights (default: bfloat16 for language models, float32 for a
-    module of your own). `threads` defaults to all cores that this process may use, or to what a CPU quota (a container's
-    `--cpus`) leaves of them.
+    anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples (default: 1)
+    of `seq` tokens (default: 256); a module:factory brings its own sample batch instead. The gradients of `accumulate`
+    steps make one optimizer update. `dtype` is the type of activations and unpacked weights (default: bfloat16 for
+    language models, float32 for a module of your own). `threads` defaults to all cores that this process may use, or to
+    what a CPU quota (a container's `--cpus`) leaves of them.
 
-    With `side_rank` the step is that of a side network beside `source` instead (`tightfit.profiles.models.side_network`), whose
-    adapters of that rank read the outputs of `side_blocks` of its blocks (default: 8, or all): what a server trains where a
-    device runs the model (the policy `mobillm`). It has no LoRA pairs.
+    With `side_rank` the step is that of a side network beside `source` instead
+    (`tightfit.profiles.models.side_network`), whose adapters of that rank read the outputs of `side_blocks` of its
+    blocks (default: 8, or all): what a server trains where a device runs the model (the policy `mobillm`). It has no
+    LoRA pairs.
 
     What is trained of a language model is an adapter (`tightfit.profiles.models.lora.LoraConfig`): LoRA pairs of
     `lora_rank` (default 8) and `lora_alpha` (default: twice the rank) on the linear layers that `lora_targets` and
-    `lora_layers` ("0-3,8") choose, by default all of them; or what the settings of the adapter in the folder `adapter` say,
-    so that a run can start from it.
+    `lora_layers` ("0-3,8") choose, by default all of them; or what the settings of the adapter in the folder `adapter`
+    say, so that a run can start from it.
 
-    With a `loss` of "dpo" or "orpo" the step learns from pairs of answers (`tightfit.runtime.engine.cpu.preference`): `batch` of
-    them, each in two rows, or as many as share these. `beta` (default 0.1) is how much the comparison of the two weighs.
+    With a `loss` of "dpo" or "orpo" the step learns from pairs of answers (`tightfit.runtime.engine.cpu.preference`):
+    `batch` of them, each in two rows, or as many as share these. `beta` (default 0.1) is how much the comparison of the
+    two weighs.
 
-    `tile` tokens go through a layer at a time (default: all); 0 stands for the fewest with which products with the model's widest
-    matrix keep their speed on this machine (`tightfit.profiles.measuring.tile_rates`).
+    `tile` tokens go through a layer at a time (default: all); 0 stands for the fewest with which products with the
+    model's widest matrix keep their speed on this machine (`tightfit.profiles.measuring.tile_rates`).
 
     `base` and `embeddings` are the precision, 4bit, 8bit or 16bit, of matrices and of the embedding and the head that
-    the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded to
-    4 bits, and embeddings are treated as matrices are (`tightfit.profiles.weights.precision`).
+    the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded
+    to 4 bits, and embeddings are treated as matrices are (`tightfit.profiles.weights.precision`).
 
     Weights, where the source has them, are first packed into a store in the cache, tensor by tensor. A cached profile
     with the same fingerprint is returned at once, except with `force`, or if it was measured while other programs kept
     the cores busy and the cores are idle now. An estimate touches no weights, measures nothing and is not cached.
 
-    `bundle` is a folder of `prepare`, from which the step is taken instead of tracing it. `memory` are the bytes that measuring may
-    hold (default: what it measures best with). `progress` is called now and then.
+    `bundle` is a folder of `prepare`, from which the step is taken instead of tracing it. `memory` are the bytes that
+    measuring may hold (default: what it measures best with). `progress` is called now and then.
 
-    Raises InputError for a source, shape or device that cannot be used, or what has no place in the memory that is free,
-    RunError if packing or measuring fails.
+    Raises InputError for a source, shape or device that cannot be used, or what has no place in the memory that is
+    free, RunError if packing or measuring fails.
     """
     elsewhere = None if options.device == "cpu" else find_device(options.device)
     threads = _threads(options.threads, elsewhere)
@@ -154,8 +156,8 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
 
 @keywords_of(ProfileOptions)
 def bundle_request(source: str | os.PathLike[str], options: ProfileOptions) -> BundleRequest | None:
-    """What has to be known of a model to make a bundle of it, with the step that the options ask for. None where nothing is to be traced
-    elsewhere: of a module, whose code stays on the device, and of what is a bundle already.
+    """What has to be known of a model to make a bundle of it, with the step that the options ask for. None where
+    nothing is to be traced elsewhere: of a module, whose code stays on the device, and of what is a bundle already.
     """
     if names_module(source) or is_traced(source, options.bundle):
         return None
@@ -166,11 +168,12 @@ def bundle_request(source: str | os.PathLike[str], options: ProfileOptions) -> B
 def prepare(
     source: str | os.PathLike[str], folder: str | os.PathLike[str], weights: bool, options: ProfileOptions
 ) -> Bundle:
-    """Make a bundle of `source` in `folder`, if `weights` with the packed weights and the tokenizer: a device that gets a copy trains the
-    model, and asks it, without transformers and without tracing it (`tightfit.profiles.sources.bundle`).
+    """Make a bundle of `source` in `folder`, if `weights` with the packed weights and the tokenizer: a device that gets
+    a copy trains the model, and asks it, without transformers and without tracing it
+    (`tightfit.profiles.sources.bundle`).
 
-    Options are those of `profile`, but for those of measuring. Raises InputError for a source or options that cannot be used
-    (a module, whose code each device has itself), RunError if the disk is full.
+    Options are those of `profile`, but for those of measuring. Raises InputError for a source or options that cannot be
+    used (a module, whose code each device has itself), RunError if the disk is full.
     """
     if names_module(source):
         raise InputError(
@@ -190,7 +193,9 @@ def prepare(
 
 
 def _step(source: Source, options: ProfileOptions, threads: int, bundle: Bundle | None) -> ProfiledStep:
-    """The step of a source that the options ask for, or that a bundle has; its tile is measured on this machine where they ask for that."""
+    """The step of a source that the options ask for, or that a bundle has; its tile is measured on this machine where
+    they ask for that.
+    """
     if options.tile != 0 or options.device != "cpu" or source.kind == "module" or bundle is not None:
         return step_of(source, options, bundle)
     step = step_of(source, options.but(tile=None))
@@ -212,8 +217,8 @@ def _step(source: Source, options: ProfileOptions, threads: int, bundle: Bundle 
 
 
 def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None) -> tuple[Header | None, TracedStep]:
-    """(the store of the weights, if there are any, the traced step). Two workers make them at the same time where the memory that is
-    given, and free, holds both.
+    """(the store of the weights, if there are any, the traced step). Two workers make them at the same time where the
+    memory that is given, and free, holds both.
     """
     source = step.source
     if not source.has_weights:
@@ -233,10 +238,13 @@ def _stored(source: Source, report: Progress) -> Header:
 
 
 def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:
-    """Threads of the arithmetic. Raises InputError where there are not as many cores, or where another device has its own."""
+    """Threads of the arithmetic. Raises InputError where there are not as many cores, or where another device has its
+    own.
+    """
     if elsewhere is not None and requested is not None:
         raise InputError(
-            f"{spelled('threads')} {requested}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
+            f"{spelled('threads')} {requested}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave"
+            " it out"
         )
     cores = our_cores()
     threads = useful_threads(cores, quota_cores()) if requested is None else requested
@@ -246,8 +254,8 @@ def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:
 
 
 def _earlier(cached: Path, source: Source) -> Profile | None:
-    """What an earlier call has measured of the same step, with the present paths of the model and of its packed weights, which may
-    have been moved since; None if there is no such thing, or the weights are gone.
+    """What an earlier call has measured of the same step, with the present paths of the model and of its packed
+    weights, which may have been moved since; None if there is no such thing, or the weights are gone.
     """
     if not cached.exists():
         return None

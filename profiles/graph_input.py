@@ -121,7 +121,8 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
     """
     if not isinstance(data, dict):
         raise InputError(
-            f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the operators in it'
+            f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the'
+            " operators in it"
         )
     if data.get("format") != "tightfit-graph":
         written = repr(data["format"]) if "format" in data else "missing"
@@ -167,7 +168,8 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
     if (graph.read is None) != (graph.write is None):
         missing, present = ("read", "write") if graph.read is None else ("write", "read")
         raise InputError(
-            f"{source}: field {missing}: missing, while {present} is given; give both, or neither where nothing is to be moved"
+            f"{source}: field {missing}: missing, while {present} is given; give both, or neither where nothing is to"
+            " be moved"
         )
     order = _order(graph.operators, source)
     kinds: dict[str, Literal["activation", "gradient"]] = {
@@ -264,18 +266,20 @@ def _order(operators: Sequence[BareOperator], source: str) -> list[BareOperator]
     if len({op.phase is None for op in operators}) == 2:
         index = next(i for i, op in enumerate(operators) if op.phase is None)
         raise InputError(
-            f"{source}: field operators.{index}.phase (operator {operators[index].name!r}): missing, while other operators"
-            f" have one; give all operators a phase or none"
+            f"{source}: field operators.{index}.phase (operator {operators[index].name!r}): missing, while other"
+            " operators have one; give all operators a phase or none"
         )
     for index, op in enumerate(operators):
         for name in op.inputs:
             if name not in position:
                 raise InputError(
-                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): {name!r} is no operator of the graph; {AGAIN}"
+                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): {name!r} is no operator of the"
+                    f" graph; {AGAIN}"
                 )
             if op.phase == "forward" and operators[position[name]].phase == "backward":
                 raise InputError(
-                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): a forward operator reads {name!r}, which is backward; {AGAIN}"
+                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): a forward operator reads"
+                    f" {name!r}, which is backward; {AGAIN}"
                 )
     return _sorted(operators, position, source)
 

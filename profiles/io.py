@@ -66,7 +66,8 @@ def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None
         raise InputError(f"{name}: a plan, not a profile; make one with `tightfit profile`")
     if data.get("version") != PROFILE_VERSION:
         raise InputError(
-            f"{name}: {of_another_version('profile', data.get('version'), PROFILE_VERSION)}; make it again with `tightfit profile`"
+            f"{name}: {of_another_version('profile', data.get('version'), PROFILE_VERSION)}; make it again with"
+            " `tightfit profile`"
         )
     checksum = data.pop("checksum", None)
     try:
@@ -79,7 +80,8 @@ def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None
         ) from error
     if checksum is not None and checksum != _checksum(profile):
         raise InputError(
-            f"{name}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again with `tightfit profile` (without the checksum a profile changed on purpose is read)"
+            f"{name}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again"
+            " with `tightfit profile` (without the checksum a profile changed on purpose is read)"
         )
     return profile
 

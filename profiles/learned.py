@@ -1,9 +1,10 @@
 """Corrections of a profile's figures that were learned by rehearsing its plans: seconds and bytes of a real run.
 
-A profile is measured operator by operator. In a run the same operators may take longer or hold more: transfers beside other
-operators, holes in the heap, the writing of a checkpoint. `tightfit.runtime.session.rehearsal` carries a plan out for a few steps and
-writes what it measures into a `LearnedFigures`: a factor for each kind of operator and each channel, by which plans are compared, and
-bytes. The cache keeps it for the profile whose figures it corrects; a profile that was measured anew begins without.
+A profile is measured operator by operator. In a run the same operators may take longer or hold more: transfers beside
+other operators, holes in the heap, the writing of a checkpoint. `tightfit.runtime.session.rehearsal` carries a plan out
+for a few steps and writes what it measures into a `LearnedFigures`: a factor for each kind of operator and each
+channel, by which plans are compared, and bytes. The cache keeps it for the profile whose figures it corrects; a profile
+that was measured anew begins without.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ SECONDS_OF_TENSORS = {
 }
 """figure of a tensor -> kind of operator whose seconds it has"""
 SPREAD_BYTES = 320 << 10
-"""By how much the peaks of runs of one plan differ: of twelve of SmolLM2-135M's shape in 110 MiB the highest was 208 KiB above the
-lowest, of eight of Qwen2.5-0.5B's in 200 MiB 300 KiB."""
+"""By how much the peaks of runs of one plan differ: of twelve of SmolLM2-135M's shape in 110 MiB the highest was 208
+KiB above the lowest, of eight of Qwen2.5-0.5B's in 200 MiB 300 KiB.
+"""
 SPREAD = 0.01
 """The same of modules, as a share of what they hold: three runs of efficientnet_b0 in 202 MiB held 201.7 to 203.8, by
 `make bench-truth`; why was not looked into."""
@@ -96,8 +98,8 @@ def learned_path(identity: str) -> Path:
 
 
 def load_learned(identity: str) -> LearnedFigures:
-    """What is known about the figures of this identity (`figures_id`); nothing if no rehearsal was made, or if what is kept cannot
-    be read.
+    """What is known about the figures of this identity (`figures_id`); nothing if no rehearsal was made, or if what is
+    kept cannot be read.
     """
     try:
         learned = LearnedFigures.model_validate_json(learned_path(identity).read_bytes())

@@ -1,8 +1,8 @@
 """Options, each defined once: as a field of a pydantic model with its type, limits and help.
 
-A record of options is a subclass of `Options` whose fields are made by `option`. The command line, the requests of the HTTP
-service, the forms on its page and, by `keywords_of`, functions of the library that take options as keywords are made from these
-fields. Wherever a value comes from, pydantic checks it once, when the record is made.
+A record of options is a subclass of `Options` whose fields are made by `option`. The command line, the requests of the
+HTTP service, the forms on its page and, by `keywords_of`, functions of the library that take options as keywords are
+made from these fields. Wherever a value comes from, pydantic checks it once, when the record is made.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ OptionsRecord = TypeVar("OptionsRecord", bound="Options")
 Keywords = ParamSpec("Keywords")
 
 METAVAR, WORD, OVER_HTTP, PRIMARY = "metavar", "word", "over_http", "primary"
-"""Keys of `extras`: what `option` notes about an option that pydantic has no place for. Parameters of commands that are no fields have
-`PRIMARY` too."""
+"""Keys of `extras`: what `option` notes about an option that pydantic has no place for. Parameters of commands that are
+no fields have `PRIMARY` too.
+"""
 
 
 class Options(BaseModel):
@@ -84,9 +85,10 @@ def option(
 ) -> Any:
     """A field of a record that becomes an option of commands and requests.
 
-    `help_` is its help, a sentence or two; `over_http` is that of the service and its page, where it has to differ. `label` is its name
-    in forms. In the command line's help `metavar` stands for its value, and `word` is its name if the field's own will not do.
-    `primary`: most people need it, so that short lists of options have it. `limits` are those of pydantic's `Field`.
+    `help_` is its help, a sentence or two; `over_http` is that of the service and its page, where it has to differ.
+    `label` is its name in forms. In the command line's help `metavar` stands for its value, and `word` is its name if
+    the field's own will not do. `primary`: most people need it, so that short lists of options have it. `limits` are
+    those of pydantic's `Field`.
     """
     extras: dict[str, Any] = {METAVAR: metavar, WORD: word, OVER_HTTP: over_http or help_, PRIMARY: primary}
     return Field(default, description=help_, title=label, json_schema_extra=extras, **limits)
@@ -142,7 +144,8 @@ def _plain(value: Any) -> Any:
 
 
 class keywords_of(Generic[Keywords, OptionsRecord]):  # noqa: N801  a decorator
-    """Decorates a function whose last parameter is a record of options: its callers give the record's fields as keywords.
+    """Decorates a function whose last parameter is a record of options: its callers give the record's fields as
+    keywords.
 
     Signature and types of the function are those of its other parameters, which have to be required, and of the fields.
     """

@@ -1,4 +1,6 @@
-"""The options of profiling in one record, for the command line, the service's requests and callers from Python alike."""
+"""The options of profiling in one record, for the command line, the service's requests and callers from Python
+alike.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ PathText = Annotated[str, Field(min_length=1, max_length=LONGEST_PATH)]
 class ProfileOptions(Options):
     """Which step of a model is profiled, and for what device (`tightfit.profiles.api.profile` says more of each).
 
-    `tightfit profile`, the service's `/v1/profiles` and the form on its page have the fields that are made by `option`, and take
-    from there what they say of each (`tightfit.profiles.option_fields`).
+    `tightfit profile`, the service's `/v1/profiles` and the form on its page have the fields that are made by `option`,
+    and take from there what they say of each (`tightfit.profiles.option_fields`).
     """
 
     seq: int | None = option(
@@ -46,16 +48,17 @@ class ProfileOptions(Options):
     )
     tile: int | None = option(
         None,
-        "Tokens that go through a layer at a time, whole samples or a slice of one: long texts and large batches in less memory; 0:"
-        " the fewest at which this machine's matrix products keep their speed; default: all tokens of a step.",
+        "Tokens that go through a layer at a time, whole samples or a slice of one: long texts and large batches in"
+        " less memory; 0: the fewest at which this machine's matrix products keep their speed; default: all tokens of a"
+        " step.",
         metavar="TOKENS",
         ge=0,
         le=1 << 30,
     )
     matrix_rows: int | None = option(
         None,
-        "Rows of a frozen matrix, or of the first matrices of experts, that are read, unpacked and multiplied at a time: large models in"
-        " less memory; default: as many as 64 MiB hold unpacked.",
+        "Rows of a frozen matrix, or of the first matrices of experts, that are read, unpacked and multiplied at a"
+        " time: large models in less memory; default: as many as 64 MiB hold unpacked.",
         label="Rows of a matrix",
         metavar="ROWS",
         ge=16,
@@ -74,7 +77,8 @@ class ProfileOptions(Options):
     )
     lora_targets: str | None = option(
         None,
-        "Linear layers that get pairs: all-linear (the default), attention, names such as q_proj,v_proj, or a regular expression for whole names.",
+        "Linear layers that get pairs: all-linear (the default), attention, names such as q_proj,v_proj, or a regular"
+        " expression for whole names.",
         label="LoRA on",
         metavar="WHICH",
         min_length=1,
@@ -125,14 +129,20 @@ class ProfileOptions(Options):
     adapter: PathText | Path | None = option(
         None,
         "Take all LoRA settings from this adapter of PEFT, so that a run can start from it.",
-        over_http="Take all LoRA settings from this adapter of PEFT, a folder under an allowed root, so that a run can start from it.",
+        over_http=(
+            "Take all LoRA settings from this adapter of PEFT, a folder under an allowed root, so that a run can start"
+            " from it."
+        ),
         label="Settings of an adapter",
         metavar="DIR",
     )
     loss: Literal["dpo", "orpo"] | None = option(
         None,
         "Learn from pairs of a chosen and a rejected answer, --batch of them per step, instead of predicting tokens.",
-        over_http="Learn from pairs of a chosen and a rejected answer, `batch` of them per step, instead of predicting tokens.",
+        over_http=(
+            "Learn from pairs of a chosen and a rejected answer, `batch` of them per step, instead of predicting"
+            " tokens."
+        ),
         label="Loss of pairs",
         metavar="dpo|orpo",
         primary=True,
@@ -154,8 +164,12 @@ class ProfileOptions(Options):
     )
     device: str = option(
         "cpu",
-        "cpu: this machine, measured. The name of a device (see `tightfit devices`) or a JSON file that describes one: its times are estimated.",
-        over_http="cpu: this machine, measured. A name listed at /v1/devices: estimated for that one, to be planned and not run.",
+        "cpu: this machine, measured. The name of a device (see `tightfit devices`) or a JSON file that describes one:"
+        " its times are estimated.",
+        over_http=(
+            "cpu: this machine, measured. A name listed at /v1/devices: estimated for that one, to be planned and not"
+            " run."
+        ),
         metavar="NAME",
         max_length=LONGEST_PATH,
     )
@@ -164,8 +178,12 @@ class ProfileOptions(Options):
     )
     side_rank: int | None = option(
         None,
-        "Measure the step of a side network beside MODEL instead, with adapters of this rank: the server's part of `mobillm`.",
-        over_http="Measure the step of a side network beside the model instead, with adapters of this rank: the server's part of `mobillm`.",
+        "Measure the step of a side network beside MODEL instead, with adapters of this rank: the server's part of"
+        " `mobillm`.",
+        over_http=(
+            "Measure the step of a side network beside the model instead, with adapters of this rank: the server's part"
+            " of `mobillm`."
+        ),
         metavar="RANK",
         ge=1,
         le=LARGEST_RANK,
@@ -179,8 +197,12 @@ class ProfileOptions(Options):
     )
     base: Bits | None = option(
         None,
-        "4bit, 8bit or 16bit: precision of the frozen weights, where MODEL leaves a choice; default: what the file holds, 4bit for files in 16 or 32 bits.",
-        over_http="Precision of the frozen weights, where the model leaves a choice; default: what the file holds, 4bit for files in 16 or 32 bits.",
+        "4bit, 8bit or 16bit: precision of the frozen weights, where MODEL leaves a choice; default: what the file"
+        " holds, 4bit for files in 16 or 32 bits.",
+        over_http=(
+            "Precision of the frozen weights, where the model leaves a choice; default: what the file holds, 4bit for"
+            " files in 16 or 32 bits."
+        ),
         label="Frozen weights",
         metavar="BITS",
         primary=True,
@@ -194,11 +216,15 @@ class ProfileOptions(Options):
     bundle: PathText | Path | None = option(
         None,
         "Take the traced step from this bundle, which `tightfit prepare` made on a machine with more memory.",
-        over_http="Take the traced step from this bundle, a folder under an allowed root, which `tightfit prepare` made.",
+        over_http=(
+            "Take the traced step from this bundle, a folder under an allowed root, which `tightfit prepare` made."
+        ),
         label="Bundle",
         metavar="DIR",
     )
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.", label="Measure anew")
     memory: int | None = Field(None, ge=1)
-    """Bytes that the processes which measure may hold; None: what they are best with. It says how large buffers are, and not what is measured."""
+    """Bytes that the processes which measure may hold; None: what they are best with. It says how large buffers are,
+    and not what is measured.
+    """
     progress: Progress | None = None

@@ -42,8 +42,9 @@ EXCHANGE = "exchange"
 """the optimizer's name in a member's plan of a fleet: an update hands the gradient over, and the fleet makes the update
 after its last micro-batch, so that no state is part of the plan"""
 MOBILLM = "mobillm"
-"""the optimizer's name in the plan of a device that trains nothing: a server trains a side network from what its forward
-sends"""
+"""the optimizer's name in the plan of a device that trains nothing: a server trains a side network from what its
+forward sends
+"""
 OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
     "adamw": ("adam_m", "adam_v"),
     "adam": ("adam_m", "adam_v"),
@@ -54,13 +55,15 @@ OPTIMIZER_STATES: dict[str, tuple[str, ...]] = {
 }
 """optimizer -> what its float32 states of a trainable are called; `state_shape` says how large each is"""
 POSITIONS = "positions"
-"""name of a decoder's input that says which samples share a row: the position of each token in its sample; profiles of models
-whose samples cannot share rows have none"""
+"""name of a decoder's input that says which samples share a row: the position of each token in its sample; profiles of
+models whose samples cannot share rows have none
+"""
 PREFERENCE = "preference"
 """key in a model's config of what its loss is where it learns from pairs of answers (`Preference`)"""
 ANSWERS = "answers"
-"""name of a decoder's last input where it learns from pairs, float64 [1 or 2, rows, seq]: the number of the answer at each place, and with
-DPO that answer's log-probability in the reference model"""
+"""name of a decoder's last input where it learns from pairs, float64 [1 or 2, rows, seq]: the number of the answer at
+each place, and with DPO that answer's log-probability in the reference model
+"""
 ANSWER_PLANES = {"dpo": 2, "orpo": 1}
 """loss of pairs -> numbers that this input has of a place"""
 NOT_COMPARED = "not compared with autograd"
@@ -148,8 +151,10 @@ class Tensor(FrozenRecord):
     accumulate_seconds: float = Field(
         0.0,
         ge=0,
-        description="trainables whose gradients are clipped: seconds to add one to the update's sum, and in the last of several steps to"
-        " square the sum, the mean over the steps; 0: not measured",
+        description=(
+            "trainables whose gradients are clipped: seconds to add one to the update's sum, and in the last of several"
+            " steps to square the sum, the mean over the steps; 0: not measured"
+        ),
     )
     clipped_seconds: float = Field(
         0.0, ge=0, description="trainables: seconds of one update from a sum that is scaled down; 0: not measured"
@@ -206,7 +211,10 @@ class Operator(FrozenRecord):
     recomputable: bool = Field(True, description="False for random operators: their outputs are kept or offloaded")
     copied: bool = Field(
         False,
-        description="run by its functional form, whose result is copied into its place: its out variant writes beside its output, or something else",
+        description=(
+            "run by its functional form, whose result is copied into its place: its out variant writes beside its"
+            " output, or something else"
+        ),
     )
     gathers: list[str] = Field([], description="inputs of which only rows are read from disk, inside the operator")
     flops: float = Field(0.0, ge=0)
@@ -221,7 +229,10 @@ class Program(FrozenRecord):
     tiles: int = Field(
         1,
         ge=1,
-        description="equal runs with which the forward operators begin, one for each part of the batch: a plan decides for all alike",
+        description=(
+            "equal runs with which the forward operators begin, one for each part of the batch: a plan decides for all"
+            " alike"
+        ),
     )
     tile_operators: int = Field(0, ge=0, description="forward operators of one of them, where there are several")
 
@@ -333,8 +344,8 @@ class DeviceFigures(FrozenRecord):
 
 
 class Preference(FrozenRecord):
-    """The loss of a step whose samples are pairs of answers, one of them chosen, the other rejected. A batch has two rows for each
-    pair without packing (`tightfit.runtime.engine.cpu.preference`).
+    """The loss of a step whose samples are pairs of answers, one of them chosen, the other rejected. A batch has two
+    rows for each pair without packing (`tightfit.runtime.engine.cpu.preference`).
     """
 
     loss: Literal["dpo", "orpo"]
@@ -362,7 +373,10 @@ class Model(FrozenRecord):
     )
     compared: str | None = Field(
         None,
-        description="modules: in words, how loss and gradients of the programs on the sample batch came out beside autograd's, or why they were not compared",
+        description=(
+            "modules: in words, how loss and gradients of the programs on the sample batch came out beside autograd's,"
+            " or why they were not compared"
+        ),
     )
     base: str | None = Field(None, description="precision asked for matrices: 4bit, 8bit or 16bit; None: the default")
     embeddings: str | None = Field(None, description="the same for the embedding and the head; None: as `base`")
@@ -392,8 +406,8 @@ class Model(FrozenRecord):
 
 
 class TracedStep(FrozenRecord):
-    """A training step of a model before anything of it is measured: times and workspace are 0. It needs no weights and is
-    the same on every machine.
+    """A training step of a model before anything of it is measured: times and workspace are 0. It needs no weights and
+    is the same on every machine.
     """
 
     model: Model

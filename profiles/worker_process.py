@@ -1,8 +1,8 @@
 """Starts the processes that do one part of profiling, and follows them to their end.
 
-A worker gets its request as JSON on its standard input. It answers with JSON lines: ``{"stage": ..., "done": ..., "total": ...}``
-while it works, and ``{"result": ..., "held_bytes": ...}`` at its end, with the most that it has held. One that fails answers ``{"failure": ...}``, in
-words, and ends with the exit code of the error's class.
+A worker gets its request as JSON on its standard input. It answers with JSON lines: ``{"stage": ..., "done": ...,
+"total": ...}`` while it works, and ``{"result": ..., "held_bytes": ...}`` at its end, with the most that it has held.
+One that fails answers ``{"failure": ...}``, in words, and ends with the exit code of the error's class.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def run_worker(
     instead: str,
     on_message: Callable[[dict[str, Any]], None] = lambda message: None,
 ) -> Any:
-    """The result of a worker process. `doing` is what it does, such as "measuring", `predicted_bytes` what it will hold at most, and
-    `instead` what to do where that is not free.
+    """The result of a worker process. `doing` is what it does, such as "measuring", `predicted_bytes` what it will hold
+    at most, and `instead` what to do where that is not free.
 
-    `on_message` is called with each of its messages but the result. Raises InputError at once where it has no place in the memory that
-    is free; InputError, InfeasibleError, RunError or CapError with the worker's words; RunError if it was killed or ended otherwise.
+    `on_message` is called with each of its messages but the result. Raises InputError at once where it has no place in
+    the memory that is free; InputError, InfeasibleError, RunError or CapError with the worker's words; RunError if it
+    was killed or ended otherwise.
     """
     check_place(doing, predicted_bytes, instead)
     with MEMORY_OF_WORKERS.worker(predicted_bytes) as held:
@@ -106,7 +107,9 @@ def _run_worker(
 
 
 class _MemoryOfWorkers:
-    """What the workers of this process were predicted to hold, and have held, those that run at the same time together."""
+    """What the workers of this process were predicted to hold, and have held, those that run at the same time
+    together.
+    """
 
     def __init__(self) -> None:
         self.predicted_bytes = self.held_bytes = 0
@@ -151,14 +154,18 @@ def check_place(doing: str, needed_bytes: int, instead: str) -> None:
 
 
 def expect(doing: str, added_bytes: int, instead: str) -> None:
-    """Note that this process itself is going to hold `added_bytes` more than now, at most. Raises InputError as `check_place`."""
+    """Note that this process itself is going to hold `added_bytes` more than now, at most. Raises InputError as
+    `check_place`.
+    """
     check_place(doing, added_bytes, instead)
     own_bytes = memory().resident + added_bytes
     MEMORY_OF_WORKERS.own_bytes = max(MEMORY_OF_WORKERS.own_bytes, own_bytes)
 
 
 def have_place(needed_bytes: int, given: int | None) -> bool:
-    """Whether workers that hold so much together have a place in the memory that is free, and beside this process in what is `given`."""
+    """Whether workers that hold so much together have a place in the memory that is free, and beside this process in
+    what is `given`.
+    """
     try:
         free, _ = free_memory(unmapped=True)
     except InputError:

@@ -36,8 +36,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("tightfit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tightfit")
 
-# Operators of tiny models spend their time waiting for a second thread, and two files of tests share two cores. Runs have the
-# threads of their plans, in processes of their own.
+# Operators of tiny models spend their time waiting for a second thread, and two files of tests share two cores. Runs
+# have the threads of their plans, in processes of their own.
 torch.set_num_threads(1)
 
 cpu_load.WAIT_SECONDS = 0.0  # the file that is tested beside this one would be waited for
@@ -93,7 +93,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before those that were not asked for by -m are left out
 def pytest_collection_modifyitems(items):
-    """The longest files first: one that starts last would keep a core of two idle. Cases that `slow_but_for` does not name are slow."""
+    """The longest files first: one that starts last would keep a core of two idle. Cases that `slow_but_for` does not
+    name are slow.
+    """
     unknown = set()
     for item in items:
         if quick := item.get_closest_marker("slow_but_for"):
@@ -171,8 +173,8 @@ def cgroup(request):
 
 @contextlib.contextmanager
 def caching_in(path):
-    """Nothing goes into the cache of the person who runs the tests, but for what is compiled, which takes ten seconds. What is measured of
-    the machine is measured once for all caches of a run.
+    """Nothing goes into the cache of the person who runs the tests, but for what is compiled, which takes ten seconds.
+    What is measured of the machine is measured once for all caches of a run.
     """
     compiled = cache_directory() / "native"
     compiled.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make): a folder that `make(folder)` has filled, in the first of the processes that need it. Nobody changes it later."""
+    """once(name, make): a folder that `make(folder)` has filled, in the first of the processes that need it. Nobody
+    changes it later.
+    """
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -213,7 +217,9 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def work(once, cache):
-    """model/, profile.json and plan.json (an absurdly large budget), data.jsonl: made as a user makes them, with a cache."""
+    """model/, profile.json and plan.json (an absurdly large budget), data.jsonl: made as a user makes them, with a
+    cache.
+    """
 
     def make(path):
         write_directory(path / "model", CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
@@ -274,6 +280,8 @@ def lean(work):
 
 @pytest.fixture(scope="session")
 def smallest(lean):
-    """The schedule of the smallest budget, which spills. The search for it comes to its own end, so that another finds the same."""
+    """The schedule of the smallest budget, which spills. The search for it comes to its own end, so that another finds
+    the same.
+    """
     planner = ModelPlanner(lean)
     return planner.plan(planner.minimum_bytes(time_limit=600), time_limit=600)

@@ -2,9 +2,9 @@
 
     python examples/fleet/train.py [--updates 2]
 
-Both devices are this machine, with one core each, and talk over its loopback; on several machines, every one of them has
-a profile of its own, and runs `tightfit fleet run FOLDER --member NAME --at HOST:PORT`. Takes about five minutes on two
-cores. Everything is left in examples/out/fleet/.
+Both devices are this machine, with one core each, and talk over its loopback; on several machines, every one of them
+has a profile of its own, and runs `tightfit fleet run FOLDER --member NAME --at HOST:PORT`. Takes about five minutes on
+two cores. Everything is left in examples/out/fleet/.
 """
 
 from __future__ import annotations

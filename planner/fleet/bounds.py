@@ -1,44 +1,45 @@
-"""Lower bounds on a step: what no allotment of micro-batches, no division of a model and no plans undercut, by the clock.
+"""Lower bounds on a step: what no allotment of micro-batches, no division of a model and no plans undercut, by the
+clock.
 
-**The sum** (`terms`): what every step takes beyond its computation, linear in the micro-batches, proven for a member i of the
-chain 0 … n-1. C_i is when i has computed, C the latest of these, and j a member with C_j = C. P are the bytes of all pieces,
-U_i the whole update of i, which begins when i has all means and has passed all pieces on.
+**The sum** (`terms`): what every step takes beyond its computation, linear in the micro-batches, proven for a member i
+of the chain 0 … n-1. C_i is when i has computed, C the latest of these, and j a member with C_j = C. P are the bytes of
+all pieces, U_i the whole update of i, which begins when i has all means and has passed all pieces on.
 
-- *Own rows* (after C_i). Before C_i no thread of i runs and no piece is under way to it. So after C_i its uplink and its
-  downlink carry everything that passes over them (P at the ends, 2 P between), its disk reads the gradients of all slots
-  and writes all means, and the thread of the sums adds to one piece after the other, and sends the last. That thread
-  begins once a header has come, but to the first, and has been passed on. Then comes U_i.
-- *Common rows* (after C). No header passes j before C, so all means come after C, and the threads of j and of the member
-  before it begin after C. Sums may have been sent before, but not many. The member two places before j has taken two
-  pieces at most, which wait for the one after it, and two more may be under way to it. The member before that one has
-  sent these four, holds four of its own, and so on: one h places before it has sent 4 h pieces at most, and has added its
-  gradients to two more. Of at most `most` members the first is at most `most` - 3 places before it, a member between at
-  most `most` - 4. What is left after C is what the rows count: of an uplink, a downlink, a disk, the thread of the sums.
-  The member beside the last has nothing before C, wherever j is: to it all rows apply that hold after C_i.
-- *There and back.* The first piece leaves the first member after C_0, with its gradients added, and reaches the last one
-  and the one beside it only through all between. Then their uplinks have everything before them that they carry. After
-  that the last piece's mean travels back to the first member through all between. Each hop takes both latencies and the
-  piece's bytes over the sender's uplink. And piece p+2 begins to travel only once piece p has arrived: pieces of one
-  parity come one after the other, each with its latencies.
+- *Own rows* (after C_i). Before C_i no thread of i runs and no piece is under way to it. So after C_i its uplink and
+  its downlink carry everything that passes over them (P at the ends, 2 P between), its disk reads the gradients of all
+  slots and writes all means, and the thread of the sums adds to one piece after the other, and sends the last. That
+  thread begins once a header has come, but to the first, and has been passed on. Then comes U_i.
+- *Common rows* (after C). No header passes j before C, so all means come after C, and the threads of j and of the
+  member before it begin after C. Sums may have been sent before, but not many. The member two places before j has taken
+  two pieces at most, which wait for the one after it, and two more may be under way to it. The member before that one
+  has sent these four, holds four of its own, and so on: one h places before it has sent 4 h pieces at most, and has
+  added its gradients to two more. Of at most `most` members the first is at most `most` - 3 places before it, a member
+  between at most `most` - 4. What is left after C is what the rows count: of an uplink, a downlink, a disk, the thread
+  of the sums. The member beside the last has nothing before C, wherever j is: to it all rows apply that hold after C_i.
+- *There and back.* The first piece leaves the first member after C_0, with its gradients added, and reaches the last
+  one and the one beside it only through all between. Then their uplinks have everything before them that they carry.
+  After that the last piece's mean travels back to the first member through all between. Each hop takes both latencies
+  and the piece's bytes over the sender's uplink. And piece p+2 begins to travel only once piece p has arrived: pieces
+  of one parity come one after the other, each with its latencies.
 
-**Divisions** (`DivisionBounds`): which members hold which layers, in the order of the layers. For stages s … S-1 of it, two times are
-bounded from below, from the last stage down; M are the micro-batches of a step, and message(s → s+1) is the time of a
-message on the links, latencies included.
+**Divisions** (`DivisionBounds`): which members hold which layers, in the order of the layers. For stages s … S-1 of it,
+two times are bounded from below, from the last stage down; M are the micro-batches of a step, and message(s → s+1) is
+the time of a message on the links, latencies included.
 
 - `pass`: from when the activations of a micro-batch have arrived at s until s has handed their gradients over. What is
   between is all of the stage's own forward, and of its backward, and both messages and the pass of the stages above.
 - `step`: from when the first activations have arrived at s (for the first stage: from the beginning) until s has handed
-  the last gradients over (for the first stage: until the end), with the time in which members tell one another that they
-  are done.
+  the last gradients over (for the first stage: until the end), with the time in which members tell one another that
+  they are done.
 
 A step takes at least the step of the stages above with both messages, after a forward and before a backward of s. And s
 itself is at work: in turns each micro-batch takes `seconds`, which no plan undercuts, and at least all of its operators
 and the pass above it; ahead each takes `seconds` and those of a forward alone. Of the first and the last micro-batch
 only the operators count that run after activations have arrived, and before gradients are handed over.
 
-Where there are too many sets of members to look at, the bounds forget who holds the layers above (state-space relaxation):
-whoever does has the most memory that any device of a profile has, and the best link of all. Divisions are then some of them, by
-a beam search among the fastest members and the ones with most memory.
+Where there are too many sets of members to look at, the bounds forget who holds the layers above (state-space
+relaxation): whoever does has the most memory that any device of a profile has, and the best link of all. Divisions are
+then some of them, by a beam search among the fastest members and the ones with most memory.
 
 Numbers in brackets are those of the blocks in docs/formulation.md.
 """
@@ -61,14 +62,19 @@ from tightfit.planner.fleet.schema import Link
 Role = Literal["first", "between", "beside", "last"]
 """beside: right before the last, and not the first; between: before that, and not the first"""
 HELD = 4
-"""pieces that a member holds at most while it waits for the one after it: two that it sends and two that have arrived"""
+"""pieces that a member holds at most while it waits for the one after it: two that it sends and two that have
+arrived
+"""
 TAKEN = 2
 """pieces that it has then added its gradients to without having sent them"""
 MOST_SETS = 500_000
-"""sets of members, times kinds of members, times the square of the places of cuts: with more, bounds forget who holds the layers
-above. Each takes some microseconds"""
+"""sets of members, times kinds of members, times the square of the places of cuts: with more, bounds forget who holds
+the layers above. Each takes some microseconds
+"""
 REACH, BEAM = 3, 8
-"""then: so many of the fastest members, and of those with most memory, may hold the next stage; so many beginnings go on"""
+"""then: so many of the fastest members, and of those with most memory, may hold the next stage; so many beginnings go
+on
+"""
 
 # --- the sum ----------------------------------------------------------------------------------------------------------
 
@@ -93,10 +99,12 @@ class Terms:
     turned: float
     """the same beyond the moment at which the first piece has left the member before"""
     there: Row
-    """all but the last: from when the first piece has left the member before, or the first has computed, until it has left
-    from here"""
+    """all but the last: from when the first piece has left the member before, or the first has computed, until it has
+    left from here
+    """
     back: float
-    """all but the last: from when the last mean has left the member after until it has left from here, or the first is done
+    """all but the last: from when the last mean has left the member after until it has left from here, or the first is
+    done
     """
 
 
@@ -463,7 +471,9 @@ class DivisionBounds:
 
     @cached_property
     def _members(self) -> Sequence[Candidate]:
-        """The candidates, and where these are too many, behind them for each profile one that none of them surpasses."""
+        """The candidates, and where these are too many, behind them for each profile one that none of them
+        surpasses.
+        """
         if self.exact:
             return self.candidates
         links = [one.link for one in self.candidates]
@@ -497,7 +507,8 @@ class DivisionBounds:
     @cached_property
     def _above(self) -> dict[int, _Table]:
         """By a stage's first layer, then by the members that hold it and all above, and by the one that holds it, what
-        they take at least: each time on its own, as it may be of other cuts. Where members are too many, whoever they are.
+        they take at least: each time on its own, as it may be of other cuts. Where members are too many, whoever they
+        are.
         """
         result: dict[int, _Table] = {}
         many = len(self.candidates)
@@ -526,7 +537,9 @@ class DivisionBounds:
 
 
 def _repeated(seconds: float, least: float, times: int, *, whole: bool) -> float:
-    """Of so many schedules one after the other; unless `whole`, only `least` of the first and of the last one counts."""
+    """Of so many schedules one after the other; unless `whole`, only `least` of the first and of the last one
+    counts.
+    """
     if whole:
         return times * seconds
     return least if times == 1 else (times - 2) * seconds + 2 * least

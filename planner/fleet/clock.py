@@ -1,29 +1,32 @@
 """A clock for several devices, and what it plays: the steps of a chain of parts, and the sum of a step's gradients.
 
-**The clock.** Threads sleep and wait for signals. A message from i to j takes latency_i + latency_j + bytes / min(up_i, down_j). It
-occupies i's uplink for bytes / up_i, and j's downlink for bytes / down_j. Either serves one message at a time: of those that could
-start, the one that was sent first. A message starts once its target can receive it. Messages pass between neighbours of a chain
-alone, `up` towards its end and `down` back. What is assumed of threads is what the runtime does.
+**The clock.** Threads sleep and wait for signals. A message from i to j takes latency_i + latency_j + bytes / min(up_i,
+down_j). It occupies i's uplink for bytes / up_i, and j's downlink for bytes / down_j. Either serves one message at a
+time: of those that could start, the one that was sent first. A message starts once its target can receive it. Messages
+pass between neighbours of a chain alone, `up` towards its end and `down` back. What is assumed of threads is what the
+runtime does.
 
-**A chain of stages** (`play`, of `tightfit.runtime.engine.fleet.stage`): stages train micro-batches, activations pass up the chain
-and gradients down.
+**A chain of stages** (`play`, of `tightfit.runtime.engine.fleet.stage`): stages train micro-batches, activations pass
+up the chain and gradients down.
 
-- A stage runs its schedules one after the other. One of them waits where it receives, until the message has arrived, and
-  where it sends, until the message before the previous one has left its buffer; all that follows comes as much later.
+- A stage runs its schedules one after the other. One of them waits where it receives, until the message has arrived,
+  and where it sends, until the message before the previous one has left its buffer; all that follows comes as much
+  later.
 - A stage in turns (`ahead` 0), and the last one, trains one micro-batch after the other. A stage ahead by d runs the
-  forward alone of d micro-batches first, and of the next one after each that it has trained; its training schedules then
-  send nothing up.
+  forward alone of d micro-batches first, and of the next one after each that it has trained; its training schedules
+  then send nothing up.
 - No stage is ahead by more than the stage below, or by one (`agree`): it would wait for ever.
-- Activations are received into a ring of `ahead` + 1 messages, `ahead` being that of the stage below, and stay there until
-  the training schedule has taken them; gradients into two buffers.
+- Activations are received into a ring of `ahead` + 1 messages, `ahead` being that of the stage below, and stay there
+  until the training schedule has taken them; gradients into two buffers.
 - Once all are done, the members tell one another along the chain and back that they are.
 
-**One way** (`OneWay`, mobillm): labels come first in a message, so that the device begins a forward once there is a buffer to send
-from, and the server a micro-batch once its message is there, whose place is free again when the micro-batch has been trained. (The
-runtime waits a little later for either, so that a step takes no longer than is said here.)
+**One way** (`OneWay`, mobillm): labels come first in a message, so that the device begins a forward once there is a
+buffer to send from, and the server a micro-batch once its message is there, whose place is free again when the
+micro-batch has been trained. (The runtime waits a little later for either, so that a step takes no longer than is said
+here.)
 
-**The sum** (`play_sum`, of `tightfit.runtime.engine.fleet.exchange`): gradients pass up the chain in pieces and are added, means
-pass back down, all update.
+**The sum** (`play_sum`, of `tightfit.runtime.engine.fleet.exchange`): gradients pass up the chain in pieces and are
+added, means pass back down, all update.
 
 - A member computes its micro-batches one after the other. Then headers of a few bytes pass up the chain and back, in
   two messages each. A member takes a header once it has computed, and waits until the next one has taken it.
@@ -61,7 +64,9 @@ UNDER_WAY = 2
 HEADER = 2
 """messages of a header"""
 Does = Literal["compute", "send", "forward", "again", "backward"]
-"""what a device, or a link, does; in a pipeline: forward, again (the forward that is repeated for the backward), backward"""
+"""what a device, or a link, does; in a pipeline: forward, again (the forward that is repeated for the backward),
+backward
+"""
 
 
 class Signal:
@@ -202,7 +207,9 @@ class Played:
 
 
 class ChainClock:
-    """What neighbouring devices do in a step, on a clock of its own with their links; a subclass says what threads they run."""
+    """What neighbouring devices do in a step, on a clock of its own with their links; a subclass says what threads they
+    run.
+    """
 
     def __init__(self, links: Sequence[Link], up: Sequence[Sequence[int]], down: Sequence[Sequence[int]]) -> None:
         """`up` and `down`: bytes of the messages from one device to the next, and from there back."""
@@ -286,8 +293,8 @@ def turns(ahead: int, micro_batches: int) -> Iterator[tuple[Literal["forward", "
 
 
 def agree(aheads: Sequence[int]) -> bool:
-    """Whether stages that are so far ahead get what they wait for: one that is ahead by d takes d activations before the
-    stage below gets a gradient, which sends as many as it is ahead itself, or one in turns.
+    """Whether stages that are so far ahead get what they wait for: one that is ahead by d takes d activations before
+    the stage below gets a gradient, which sends as many as it is ahead itself, or one in turns.
     """
     return all(other <= max(1, one) for one, other in pairwise(aheads))
 
@@ -385,8 +392,8 @@ class OneWay:
         return _OneWay(self, micro_batches).run()
 
     def least_seconds(self, micro_batches: int) -> float:
-        """No order of the same parts takes less: all micro-batches on the slowest part, the first one's way there and the
-        last one's from there, and the word that the step is done, there and back.
+        """No order of the same parts takes less: all micro-batches on the slowest part, the first one's way there and
+        the last one's from there, and the word that the step is done, there and back.
         """
         link = self.message_bytes / min(self.device_link.up_bytes_per_second, self.server_link.down_bytes_per_second)
         latency = self.device_link.latency_seconds + self.server_link.latency_seconds

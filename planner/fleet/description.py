@@ -1,5 +1,5 @@
-"""Reads a fleet's description, a TOML file: its devices with their profiles, budgets and links, and the micro-batches of
-a step or the steps of a federated round.
+"""Reads a fleet's description, a TOML file: its devices with their profiles, budgets and links, and the micro-batches
+of a step or the steps of a federated round.
 
 ```toml
 micro_batches = 16         # of a step that all make together
@@ -69,11 +69,12 @@ class DescribedFleet:
 def read_description(
     path: str | os.PathLike[str], kind: str = "auto", *, micro_batches: int | None = None, steps: int | None = None
 ) -> DescribedFleet:
-    """The fleet of a kind that the file `path` describes; of any kind ("auto"), federated rounds where it names a server, or the
-    steps of a round and no micro-batches.
+    """The fleet of a kind that the file `path` describes; of any kind ("auto"), federated rounds where it names a
+    server, or the steps of a round and no micro-batches.
 
-    `micro_batches` of a step, or `steps` of a round, take the place of the file's own figure. Raises InputError, naming the file,
-    the member and the key, for what is missing, unknown or no such value, and for a profile that cannot be read.
+    `micro_batches` of a step, or `steps` of a round, take the place of the file's own figure. Raises InputError, naming
+    the file, the member and the key, for what is missing, unknown or no such value, and for a profile that cannot be
+    read.
     """
     given = {"micro_batches": micro_batches, "steps": steps}
     for key, count in given.items():
@@ -98,7 +99,8 @@ def read_description(
         if not of_rounds:
             if "server" in content or any("weight" in table for table in tables):
                 raise InputError(
-                    f"a [server] and weights are for split federated rounds: plan them with {spelled('kind', FEDERATED)}"
+                    "a [server] and weights are for split federated rounds: plan them with"
+                    f" {spelled('kind', FEDERATED)}"
                 )
             return DescribedFleet(members=members, of_rounds=False, count=count)
         server = None

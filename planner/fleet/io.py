@@ -64,8 +64,8 @@ def save_fleet(
     folder: str | os.PathLike[str],
     server_plans: Mapping[str, Plan] | None = None,
 ) -> Path:
-    """Write a fleet's plan, those of its members, by name, and those that the server of split rounds has for each of them to
-    `folder`, each whole or not at all; the path of the fleet's.
+    """Write a fleet's plan, those of its members, by name, and those that the server of split rounds has for each of
+    them to `folder`, each whole or not at all; the path of the fleet's.
 
     It is written last, so that it never names plans that are not there. Raises InputError where nothing can be written
     there, RunError where the disk is full.
@@ -82,9 +82,11 @@ def save_fleet(
 
 
 def load_any(path: str | os.PathLike[str]) -> AnyStepFleet:
-    """The plan in `path`, its file or the folder that holds it, of a fleet that meets at every step, checked against its fingerprint.
+    """The plan in `path`, its file or the folder that holds it, of a fleet that meets at every step, checked against
+    its fingerprint.
 
-    Raises InputError for a file that is missing, cut off, changed, of another version or kind, or no fleet's plan at all.
+    Raises InputError for a file that is missing, cut off, changed, of another version or kind, or no fleet's plan at
+    all.
     """
     found = _loaded(path, FleetPlan, PipelinePlan, SidePlan)
     assert isinstance(found, AnyStepFleet)
@@ -122,7 +124,8 @@ def _loaded(path: str | os.PathLike[str], *schemas: type[K]) -> K:
     found = str(content.get("kind", next(iter(kinds))))
     if found not in kinds:
         raise InputError(
-            f"{place}: the plan of a fleet of another kind ({found}, not {' or '.join(kinds)}); `{fleet_command(found)}` runs it"
+            f"{place}: the plan of a fleet of another kind ({found}, not {' or '.join(kinds)});"
+            f" `{fleet_command(found)}` runs it"
         )
     fleet = validated(kinds[found], data, place, AGAIN)
     check_unchanged(fleet_fingerprint(fleet), fleet.fingerprint, place, AGAIN)
@@ -130,7 +133,8 @@ def _loaded(path: str | os.PathLike[str], *schemas: type[K]) -> K:
 
 
 def load_member_plan(path: str | os.PathLike[str], fleet: AnyFleet, name: str) -> Plan:
-    """The plan of the member `name`, beside the fleet's in `path`; checked to be the one that the fleet was planned with.
+    """The plan of the member `name`, beside the fleet's in `path`; checked to be the one that the fleet was planned
+    with.
 
     Raises InputError for a member that is not there or takes no part, and as `tightfit.planner.io.load_plan`.
     """
@@ -172,8 +176,8 @@ def key_path(path: str | os.PathLike[str]) -> Path:
     key = fleet_path(path).parent / KEY
     if not key.is_file():
         raise InputError(
-            f"{key}: the key by which the members know each other is not beside the fleet's plan; copy the whole folder, or"
-            f" {AGAIN}"
+            f"{key}: the key by which the members know each other is not beside the fleet's plan; copy the whole"
+            f" folder, or {AGAIN}"
         )
     return key
 

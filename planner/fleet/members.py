@@ -1,6 +1,7 @@
 """The devices of a fleet as they are described, what is refused of them, and what plans say of each.
 
-The members of a fleet train one model together: how exactly their profiles have to agree is the kind's, and stands here.
+The members of a fleet train one model together: how exactly their profiles have to agree is the kind's, and stands
+here.
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ class MemberSpec:
 
 
 def checked_members(members: Sequence[MemberSpec]) -> list[MemberSpec]:
-    """The members with budgets as whole numbers of bytes. Raises InputError for names and budgets that cannot be used."""
+    """The members with budgets as whole numbers of bytes. Raises InputError for names and budgets that cannot be
+    used.
+    """
     if not members:
         raise InputError("a fleet of no members; name at least one device, with its profile, budget and link")
     names: set[str] = set()
     for spec in members:
         if not NAME.fullmatch(spec.name):
             raise InputError(
-                f"a member called {spec.name!r}: files are named after it; use up to 64 letters, digits, '-', '_' and '.'"
+                f"a member called {spec.name!r}: files are named after it; use up to 64 letters, digits, '-', '_'"
+                " and '.'"
             )
         if spec.name in names:
             raise InputError(f"two members are called {spec.name}; give every member a name of its own")
@@ -82,7 +86,8 @@ def checked_steps(steps: int, accumulate: int) -> int:
     return steps
 
 
-# --- what plans say of a member -----------------------------------------------------------------------------------------
+# --- what plans say of a member
+# -----------------------------------------------------------------------------------------
 
 
 def described(spec: MemberSpec) -> dict[str, Any]:
@@ -128,7 +133,8 @@ def shared(profiles: Sequence[Profile], make: Callable[[Profile], T]) -> list[T]
     return result
 
 
-# --- one model ----------------------------------------------------------------------------------------------------------
+# --- one model
+# ----------------------------------------------------------------------------------------------------------
 
 
 def check_one_model(profiles: Mapping[str, Profile]) -> None:
@@ -136,8 +142,8 @@ def check_one_model(profiles: Mapping[str, Profile]) -> None:
     for name, profile in profiles.items():
         if profile.model.is_bare_graph:
             raise InputError(
-                f"member {name}: its profile is of a bare graph ({profile.model.name}), which says how long operators take"
-                " and not what they compute; profile a model on every device"
+                f"member {name}: its profile is of a bare graph ({profile.model.name}), which says how long operators"
+                " take and not what they compute; profile a model on every device"
             )
         if not trained_tensors(profile):
             raise InputError(
@@ -167,8 +173,8 @@ def check_side(device: MemberSpec, server: MemberSpec) -> None:
     """Raise InputError unless a server's profile is of a side network beside the model of the device's."""
     if CONFIG_KEY in device.profile.model.config:
         raise InputError(
-            f"member {device.name!r}: its profile is of a side network, which the server trains; give the device's profile of the"
-            " model, and describe the device first"
+            f"member {device.name!r}: its profile is of a side network, which the server trains; give the device's"
+            " profile of the model, and describe the device first"
         )
     profiles = {spec.name: spec.profile for spec in (device, server)}
     _check_equal(_each(profiles, _side_facts), f" but for {spelled('side_rank')}")
@@ -181,8 +187,8 @@ def check_plain(name: str, profile: Profile) -> None:
     for setting, option in NOT_ADDED.items():
         if (profile.model.lora or {}).get(setting):
             raise InputError(
-                f"member {name}: its adapter was profiled with {spelled(option)}, and rounds add up LoRA pairs of one rank and nothing"
-                f" else; profile without {spelled(option)}"
+                f"member {name}: its adapter was profiled with {spelled(option)}, and rounds add up LoRA pairs of one"
+                f" rank and nothing else; profile without {spelled(option)}"
             )
 
 
@@ -207,8 +213,8 @@ def differences(profiles: Mapping[str, Profile]) -> list[str]:
 
 
 def _check_equal(facts: Mapping[str, Mapping[str, Any]], exception: str = "") -> None:
-    """Raise InputError unless all members' `facts`, by member and by what they are about, are those of the first; `exception` says
-    what may differ. Lists are too long to be shown.
+    """Raise InputError unless all members' `facts`, by member and by what they are about, are those of the first;
+    `exception` says what may differ. Lists are too long to be shown.
     """
     (one, first), *others = facts.items()
     for name, own in others:

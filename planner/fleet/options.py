@@ -15,15 +15,17 @@ Kind = Literal["auto", "data", "pipeline"]
 FEDERATED = "federated"
 """the kind of fleets that meet once a round, split or not"""
 NODE_BYTES = 42 << 20
-"""Flower on a device, as `tightfit fleet federate join` runs it: one process, which speaks Flower's protocol with little
-memory. Measured while a run trains (flwr 1.42, Python 3.11, x86-64, with TLS): 41.0 MiB resident, of which 18.7 are its
-own alone"""
+"""Flower on a device, as `tightfit fleet federate join` runs it: one process, which speaks Flower's protocol with
+little memory. Measured while a run trains (flwr 1.42, Python 3.11, x86-64, with TLS): 41.0 MiB resident, of which 18.7
+are its own alone
+"""
 START_SECONDS = 6.0
 """of a round on a device, beside transfers and steps: until the order is looked for, `tightfit run` is ready and the
 answer is looked for. Measured with a model of two layers on two busy cores: 5 to 7 s"""
 SERVER_START_SECONDS = 4.0
-"""of a service beside its steps: until the server's run trains, and has ended. Measured with a model of three layers on two
-busy cores: 3.2 to 5.8 s"""
+"""of a service beside its steps: until the server's run trains, and has ended. Measured with a model of three layers on
+two busy cores: 3.2 to 5.8 s
+"""
 
 
 class FleetPlanOptions(Options):
@@ -38,8 +40,8 @@ class FleetOptions(FleetPlanOptions):
 
     kind: Kind = option(
         "auto",
-        "data: every device has the whole model and some of the micro-batches; pipeline: some of the layers and all micro-batches;"
-        " auto: data, unless no device can hold a micro-batch or a pipeline is shorter.",
+        "data: every device has the whole model and some of the micro-batches; pipeline: some of the layers and all"
+        " micro-batches; auto: data, unless no device can hold a micro-batch or a pipeline is shorter.",
     )
     bits: Literal[0, 8] = option(0, "Of a number in a pipeline's messages; 0: as it is.")
     gap: Gap | None = option(
@@ -52,7 +54,8 @@ class FleetOptions(FleetPlanOptions):
     def _messages(self) -> Self:
         if self.kind == "data" and self.bits:
             raise InputError(
-                f"{spelled('bits')} {self.bits}: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline"
+                f"{spelled('bits')} {self.bits}: only a pipeline has messages of numbers; leave it out, or ask for kind"
+                " pipeline"
             )
         return self
 

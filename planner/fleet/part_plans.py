@@ -1,15 +1,16 @@
-"""Plans of what members of a fleet compute, by the bytes that they may take: one planner for each part of a device model.
+"""Plans of what members of a fleet compute, by the bytes that they may take: one planner for each part of a device
+model.
 
-A floor that is higher by the bytes of messages and shelves leaves a schedule the same **room** as a budget that is lower by as
-much. The one difference is the peak of the process's start, which the floor does not change. So the planners here plan for a
-process whose start has no peak, at the budget less those bytes; schedules are then stated, and replayed, under the floor of the
-member. One search serves all shelves, numbers of micro-batches and budgets, and members with equal profiles. A member that has
-nothing beside its plan (`AlonePlans`) is planned for as it is.
+A floor that is higher by the bytes of messages and shelves leaves a schedule the same **room** as a budget that is
+lower by as much. The one difference is the peak of the process's start, which the floor does not change. So the
+planners here plan for a process whose start has no peak, at the budget less those bytes; schedules are then stated, and
+replayed, under the floor of the member. One search serves all shelves, numbers of micro-batches and budgets, and
+members with equal profiles. A member that has nothing beside its plan (`AlonePlans`) is planned for as it is.
 
-What holds for some layers holds for more: a schedule of a stage, with all that belongs to other layers left out, is one of the
-layers inside it, but for the operators that send and receive. So the seconds that no plan of a stage undercuts, less those of its
-messages, bound every stage that contains it; where nothing fits of it, nothing fits of them. Numbers in brackets are those of the
-blocks in docs/formulation.md.
+What holds for some layers holds for more: a schedule of a stage, with all that belongs to other layers left out, is one
+of the layers inside it, but for the operators that send and receive. So the seconds that no plan of a stage undercuts,
+less those of its messages, bound every stage that contains it; where nothing fits of it, nothing fits of them. Numbers
+in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def no_time() -> str:
 
 
 def while_there_is_time(things: Sequence[T], until: float, always: int = ALWAYS) -> Iterator[tuple[T, float]]:
-    """Each of the things to plan for with its share of the seconds that are left until `until`, on the monotonic clock; once
-    that is over, of the first `always` alone. So one time limit holds for a fleet of any size.
+    """Each of the things to plan for with its share of the seconds that are left until `until`, on the monotonic clock;
+    once that is over, of the first `always` alone. So one time limit holds for a fleet of any size.
     """
     for done, thing in enumerate(things):
         share = (until - time.monotonic()) / (len(things) - done)
@@ -189,7 +190,9 @@ class _KnownMember(Known):
 
 
 class MemberPlans(RoomPlans[_KnownMember]):
-    """Of a device as one of several: what is known of its seconds per micro-batch, by the bytes that its plan may take."""
+    """Of a device as one of several: what is known of its seconds per micro-batch, by the bytes that its plan may
+    take.
+    """
 
     def __init__(self, profile: Profile, gap: float) -> None:
         super().__init__(without_start(member_profile(profile, 1, 0, "memory")), gap, self._known)
@@ -226,7 +229,9 @@ class MemberPlans(RoomPlans[_KnownMember]):
     def member_plan(
         self, budget_bytes: int, extra_bytes: int, *, micro_batches: int, gradients: Shelf, first: bool
     ) -> Plan:
-        """The fastest known plan as that of a member whose exchange takes `extra_bytes`, in a step of `micro_batches`."""
+        """The fastest known plan as that of a member whose exchange takes `extra_bytes`, in a step of
+        `micro_batches`.
+        """
         room = budget_bytes - extra_bytes
         made = min(self.fitting(room), key=lambda one: one.seconds[gradients, first]).plan
         profile = member_profile(self.profile, micro_batches, extra_bytes, gradients)
@@ -237,7 +242,9 @@ class MemberPlans(RoomPlans[_KnownMember]):
 
 
 class AlonePlans(RoomPlans[Known]):
-    """The plans of a member that has nothing beside its plan, by budgets; seconds are those of all `micro_batches` of a step."""
+    """The plans of a member that has nothing beside its plan, by budgets; seconds are those of all `micro_batches` of a
+    step.
+    """
 
     def __init__(self, profile: Profile, micro_batches: int, gap: float) -> None:
         super().__init__(profile, gap, lambda made: Known(plan=made))
@@ -248,7 +255,9 @@ class AlonePlans(RoomPlans[Known]):
         """plans that were made for a larger budget, at the budget of their peak"""
 
     def known(self, budget_bytes: int) -> Plan | None:
-        """The plan at a budget; where there was no time for one, the fastest other one that fits. None: none is known."""
+        """The plan at a budget; where there was no time for one, the fastest other one that fits. None: none is
+        known.
+        """
         if budget_bytes in self.found:
             return self.found[budget_bytes].plan
         plans = [one.plan for one in self.fitting(budget_bytes)]
@@ -267,8 +276,8 @@ class AlonePlans(RoomPlans[Known]):
         return math.inf if made is None else self.micro_batches * made.plan.step_seconds
 
     def bound(self, budget_bytes: int) -> float:
-        """Seconds that no step undercuts: those of a plan's bound at this budget or a larger one, or of one run of every
-        operator.
+        """Seconds that no step undercuts: those of a plan's bound at this budget or a larger one, or of one run of
+        every operator.
         """
         if budget_bytes <= self.too_small:
             return math.inf
@@ -357,8 +366,8 @@ class StagePlans:
         return self.bound(layers, room) == math.inf or (stage is not None and room in stage.found)
 
     def bound(self, layers: Layers, room: int) -> float:
-        """(45) Seconds of a micro-batch that no plan undercuts, by what is proven of the stages inside; infinite where none was
-        found to fit.
+        """(45) Seconds of a micro-batch that no plan undercuts, by what is proven of the stages inside; infinite where
+        none was found to fit.
         """
         first, last = layers
         least = self._sums.training(layers)
@@ -396,8 +405,8 @@ class StagePlans:
         return self._stage(layers).least_room(time_limit)
 
     def common_budget(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
-        """A budget up to this one within which the fastest plan is the same, so that many members can have one plan: the largest
-        that was planned for, or that a plan takes.
+        """A budget up to this one within which the fastest plan is the same, so that many members can have one plan:
+        the largest that was planned for, or that a plan takes.
         """
         room, found = self.room(layers, budget_bytes, ahead_below), self._stages[layers].found
         best = self.best(layers, room)

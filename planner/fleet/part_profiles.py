@@ -1,19 +1,20 @@
 """Profiles of what one member of a fleet computes, of which ordinary plans are made.
 
-- **The whole model**, for one of several members: a plan covers one micro-batch, its optimizer is `EXCHANGE`, which has no states,
-  and an update hands a gradient over to the shelf (`member_profile`).
-- **A stage**, a run of neighbouring layers (`stage_profile`): before its layers stands a layer `RECEIVE_LAYER`, whose forward
-  receives what the layers below hand up and whose backward sends the gradients down, and behind them a layer `SEND_LAYER`, whose
-  forward sends and whose backward receives. What layers below the cut make of constants and positions alone (angles of rotary
-  embeddings, masks) does not pass: the stage makes it again.
-- **The parts of mobillm** (arXiv 2502.20421): the device's is `tightfit.planner.problem.device_forward`'s. The server's is that of
-  the side network as `tightfit.profiles.api.profile` measures it, whose activations are part of the batch there; here they are
-  received, each just before the adapter that reads it. The labels, which a message begins with, become the server's batch
-  (`tightfit.runtime.engine.training.batches.ReceivedBatches`): it needs no data, and never sees the tokens.
+- **The whole model**, for one of several members: a plan covers one micro-batch, its optimizer is `EXCHANGE`, which has
+  no states, and an update hands a gradient over to the shelf (`member_profile`).
+- **A stage**, a run of neighbouring layers (`stage_profile`): before its layers stands a layer `RECEIVE_LAYER`, whose
+  forward receives what the layers below hand up and whose backward sends the gradients down, and behind them a layer
+  `SEND_LAYER`, whose forward sends and whose backward receives. What layers below the cut make of constants and
+  positions alone (angles of rotary embeddings, masks) does not pass: the stage makes it again.
+- **The parts of mobillm** (arXiv 2502.20421): the device's is `tightfit.planner.problem.device_forward`'s. The server's
+  is that of the side network as `tightfit.profiles.api.profile` measures it, whose activations are part of the batch
+  there; here they are received, each just before the adapter that reads it. The labels, which a message begins with,
+  become the server's batch (`tightfit.runtime.engine.training.batches.ReceivedBatches`): it needs no data, and never
+  sees the tokens.
 
-Sending and receiving are operators (`tightfit.send`, `tightfit.receive`), so that tensors that pass over a cut are kept, spilled
-and freed like all others. They take no time here but that of a copy; the fleet's clock says how long a part waits. Memory that
-messages and shelves take is part of the plan's floor, so that the plan's peak is the member's.
+Sending and receiving are operators (`tightfit.send`, `tightfit.receive`), so that tensors that pass over a cut are
+kept, spilled and freed like all others. They take no time here but that of a copy; the fleet's clock says how long a
+part waits. Memory that messages and shelves take is part of the plan's floor, so that the plan's peak is the member's.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def alone_profile(profile: Profile, micro_batches: int) -> Profile:
 
 
 def update_seconds(profile: Profile) -> float:
-    """Seconds of the optimizer's arithmetic for all trained tensors, once, whatever number of steps the profile is of."""
+    """Seconds of the optimizer's arithmetic for all trained tensors, once, whatever number of steps the profile is
+    of.
+    """
     measured = sum(tensor.update_seconds for tensor in trained_tensors(profile))
     return measured * UPDATE_PASSES / _passes(profile.accumulate)
 
@@ -164,8 +167,8 @@ def exchange_bytes(floor: Floor, pieces: Sequence[int], *, slots: int, gradients
 
 
 def micro_batch_seconds(plan: Plan, gradients: Shelf, *, first: bool) -> float:
-    """Predicted seconds of one micro-batch: those of the plan's step, or where gradients go to disk, of all that the disk
-    then carries, if that is more. The first of a chain adds its gradients up there, and reads what it adds to.
+    """Predicted seconds of one micro-batch: those of the plan's step, or where gradients go to disk, of all that the
+    disk then carries, if that is more. The first of a chain adds its gradients up there, and reads what it adds to.
     """
     if gradients == "memory" or plan.train is None:
         return plan.step_seconds

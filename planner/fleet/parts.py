@@ -1,6 +1,7 @@
 """A fleet's plan, of whatever kind, as replicas of a chain of parts: what is said of every device that computes.
 
-What reads a plan without asking for its kind reads these: the simulator checks each part alike, and a run takes its seat.
+What reads a plan without asking for its kind reads these: the simulator checks each part alike, and a run takes its
+seat.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def bits_of(fleet: AnyFleet) -> int:
     return fleet.bits if isinstance(fleet, PipelinePlan | SidePlan) else 0
 
 
-# --- bytes of messages --------------------------------------------------------------------------------------------------
+# --- bytes of messages
+# --------------------------------------------------------------------------------------------------
 
 
 def passing_of(passed: Sequence[Passed]) -> tuple[Passing, ...]:
@@ -181,8 +183,8 @@ def message_bytes(passing: Sequence[Passing], bits: int) -> int:
 def messages_bytes(
     floor: Floor, *, from_below: int = 0, to_below: int = 0, to_above: int = 0, from_above: int = 0, buffers: int = 1
 ) -> int:
-    """Bytes that a part holds for its messages alone, by the bytes of one over each way; 0: it has no such messages. `buffers` are
-    those for messages from below.
+    """Bytes that a part holds for its messages alone, by the bytes of one over each way; 0: it has no such messages.
+    `buffers` are those for messages from below.
     """
     if not from_below + to_above:
         return 0
@@ -194,17 +196,20 @@ def messages_bytes(
     )
 
 
-# --- how its members are started ----------------------------------------------------------------------------------------
+# --- how its members are started
+# ----------------------------------------------------------------------------------------
 
 
 def listener(fleet: AnyStepFleet) -> int:
-    """The position in the chain of the member that listens for the others: devices can reach a server, and seldom the reverse."""
+    """The position in the chain of the member that listens for the others: devices can reach a server, and seldom the
+    reverse.
+    """
     return 1 if isinstance(fleet, SidePlan) else 0
 
 
 def member_commands(fleet: AnyStepFleet, folder: str) -> dict[str, str]:
-    """The command that runs each member on a device of its own, by member; DATA, OUT and HOST, an address of the `listener`, are to be
-    filled in. None for a single member.
+    """The command that runs each member on a device of its own, by member; DATA, OUT and HOST, an address of the
+    `listener`, are to be filled in. None for a single member.
     """
     if len(fleet.chain) == 1:
         return {}

@@ -1,8 +1,8 @@
 """The planner of steps: which devices take part in one, what each computes and holds, and the proof.
 
-Data parallel, a pipeline and mobillm are three fillings of one frame (`_StepPlanner`): something is searched (`search`), until
-nothing is left to try, the time is over or Ctrl-C is pressed; the judge (`simulate`) states the figures of the best; then comes what
-it is to be compared with.
+Data parallel, a pipeline and mobillm are three fillings of one frame (`_StepPlanner`): something is searched
+(`search`), until nothing is left to try, the time is over or Ctrl-C is pressed; the judge (`simulate`) states the
+figures of the best; then comes what it is to be compared with.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ UNJUDGED: dict[str, Any] = {
 }
 """fields of a plan whose figures are not known yet"""
 SEARCH_SHARE = 0.85
-"""of the time limit: for the chains of data parallel, or the divisions of a pipeline; the rest is for one device alone, and for what
-is compared with the plan"""
+"""of the time limit: for the chains of data parallel, or the divisions of a pipeline; the rest is for one device alone,
+and for what is compared with the plan
+"""
 SIDE_SHARES = (0.4, 0.3, 0.3)
 """of the time limit: for the plan of mobillm's device, of its server, and of the device without a server"""
 LEAST_SHARE = 0.05
@@ -100,7 +101,8 @@ class SideOptions(FleetPlanOptions):
     bits: int = DEFAULT_BITS
 
 
-# --- what is asked for --------------------------------------------------------------------------------------------------
+# --- what is asked for
+# --------------------------------------------------------------------------------------------------
 
 
 @keywords_of(SharedBatchesOptions)
@@ -121,8 +123,9 @@ def plan_fleet(
 def plan_pipeline(
     members: Sequence[MemberSpec], micro_batches: int, asked: PipelineOptions
 ) -> tuple[PipelinePlan, dict[str, Plan]]:
-    """The same over a model that is cut into stages. `bits`: 8 to send activations and gradients rounded to 8 bits per row, 0 as
-    they are. Raises InputError for a model that cannot be cut too, and InfeasibleError where no division fits.
+    """The same over a model that is cut into stages. `bits`: 8 to send activations and gradients rounded to 8 bits per
+    row, 0 as they are. Raises InputError for a model that cannot be cut too, and InfeasibleError where no division
+    fits.
     """
     return _PipelinePlanner(_of_one_model(members, asked.bits), micro_batches, asked).plan()
 
@@ -141,7 +144,8 @@ def plan_side(
     specs = checked_members(members)
     if len(specs) != 2:
         raise InputError(
-            f"{MOBILLM} is for two members, a device and a server after it, and {len(specs)} are described; describe two"
+            f"{MOBILLM} is for two members, a device and a server after it, and {len(specs)} are described;"
+            " describe two"
         )
     return _SidePlanner(specs, micro_batches, asked).plan()
 
@@ -213,7 +217,8 @@ def _of_one_model(members: Sequence[MemberSpec], bits: int | None = None) -> lis
     return specs
 
 
-# --- the frame ----------------------------------------------------------------------------------------------------------
+# --- the frame
+# ----------------------------------------------------------------------------------------------------------
 
 
 class FleetPlanner:
@@ -354,7 +359,8 @@ class _StepPlanner(FleetPlanner, Generic[S]):
         return {}
 
 
-# --- data parallel ------------------------------------------------------------------------------------------------------
+# --- data parallel
+# ------------------------------------------------------------------------------------------------------
 
 
 class _SumPlanner(_StepPlanner[FleetPlan]):
@@ -517,7 +523,9 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
         return {"baselines": [equal, fastest]}
 
     def _best_shelves(self, chain: SumChain) -> float:
-        """The makespan of a chain with the best shelves among those that are known to fit, as far as there is time to look."""
+        """The makespan of a chain with the best shelves among those that are known to fit, as far as there is time to
+        look.
+        """
         search = self.together
         best = search.makespan(chain)
         while True:
@@ -532,7 +540,8 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
             chain = better
 
 
-# --- a pipeline ---------------------------------------------------------------------------------------------------------
+# --- a pipeline
+# ---------------------------------------------------------------------------------------------------------
 
 
 class _PipelinePlanner(_StepPlanner[PipelinePlan]):
@@ -547,8 +556,9 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
         self.candidates = _candidates(specs, self.micro_batches, bits, self.gap / 2)
         if not self.candidates[0].plans.cuts:
             raise InputError(
-                f"{specs[0].profile.model.name} cannot be cut: there is no place between its layers with something trained on"
-                f" both sides; profile it with an adapter in more layers, or plan the fleet with {spelled('kind', 'data')}"
+                f"{specs[0].profile.model.name} cannot be cut: there is no place between its layers with something"
+                " trained on both sides; profile it with an adapter in more layers, or plan the fleet with"
+                f" {spelled('kind', 'data')}"
             )
         self.divisions = self._division_search(self.started)
         self.divisions.report = lambda makespan, bound: self.report("cutting the model", makespan, bound)
@@ -636,8 +646,9 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
                 else f"{one.name} can hold {count} layers with {format_size(needed[-1])}"
             )
         return InfeasibleError(
-            f"the model cannot be cut so that every device of the fleet holds its part: of equal parts {'; '.join(told)}; give"
-            " them more memory, add a device, or profile with a smaller batch or a shorter sequence",
+            "the model cannot be cut so that every device of the fleet holds its part: of equal parts"
+            f" {'; '.join(told)}; give them more memory, add a device, or profile with a smaller batch or a shorter"
+            " sequence",
             max(needed),
         )
 
@@ -648,7 +659,9 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
     # --- what it is compared with ----------------------------------------------------------------------------------
 
     def _equal(self) -> Division:
-        """The model in parts of equally many layers, as far as its cuts allow, one for each member in the given order."""
+        """The model in parts of equally many layers, as far as its cuts allow, one for each member in the given
+        order.
+        """
         plans = self.candidates[0].plans
         places, count = sorted(plans.cuts), min(len(self.specs), len(plans.cuts) + 1)
         chosen: list[int] = []
@@ -701,12 +714,13 @@ def _candidates(specs: Sequence[MemberSpec], micro_batches: int, bits: int, gap:
     ]
 
 
-# --- mobillm ------------------------------------------------------------------------------------------------------------
+# --- mobillm
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _SidePlanner(_StepPlanner[SidePlan]):
-    """A device and a server that train a side network. Both are planned for themselves, each as fast as its budget allows: whatever
-    order messages take, a step is the shorter the faster either part is.
+    """A device and a server that train a side network. Both are planned for themselves, each as fast as its budget
+    allows: whatever order messages take, a step is the shorter the faster either part is.
     """
 
     schema, member = SidePlan, SideMember

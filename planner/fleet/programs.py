@@ -1,20 +1,23 @@
-"""The programs by which work is shared out: micro-batches of a step, steps of a round, and the order in which a server serves.
+"""The programs by which work is shared out: micro-batches of a step, steps of a round, and the order in which a server
+serves.
 
-- `allot` (HiGHS) allots the micro-batches of a step: who takes part, who is first and last, how many each computes, shelves. It
-  knows a member by its ways to take part: a role in the chain, shelves, and for a range of micro-batches the seconds of one. Those
-  seconds are lower bounds, or those of plans; its rows are the lower bounds of `bounds`. So with lower bounds its optimum is one on
-  the makespan of every allotment, order, choice of shelves and plans.
-- `shared_out` shares the steps of a round out to devices that wait for nobody. One that takes k steps has answered after f + k·s
-  seconds, where f is for transfers and the start of its run, and s is a step; one that takes none is not waited for. So the times
-  at which one more step of some device would end are the numbers f + s, f + 2s, … of every device, and a round of n steps in all
-  cannot end before the n-th smallest of them: of the steps before it there are fewer than n. Taking the steps with the n smallest
-  times ends exactly then, so that this is a best answer, and with times that are lower bounds a lower bound.
-- `best_order` (CP-SAT) chooses the order in which a server serves devices, one at a time, and a way for each. This is scheduling
-  one machine with heads and tails (1 | r, q | Cmax; Carlier 1982). Device j may begin once its head is over, h_j seconds after the
-  round begins; the server is busy with it for p_j; its answer has arrived t_j after that. A way says h, p and t at once: the lower
-  layers that the device holds. Where the search does not finish, the order stands beside the better of its bound and that of
-  Jackson's preemptive schedule: with the smallest h, p and t of every device, the server always works on the device of the
-  longest tail among those that have come, and may leave it for a longer one.
+- `allot` (HiGHS) allots the micro-batches of a step: who takes part, who is first and last, how many each computes,
+  shelves. It knows a member by its ways to take part: a role in the chain, shelves, and for a range of micro-batches
+  the seconds of one. Those seconds are lower bounds, or those of plans; its rows are the lower bounds of `bounds`. So
+  with lower bounds its optimum is one on the makespan of every allotment, order, choice of shelves and plans.
+- `shared_out` shares the steps of a round out to devices that wait for nobody. One that takes k steps has answered
+  after f + k·s seconds, where f is for transfers and the start of its run, and s is a step; one that takes none is not
+  waited for. So the times at which one more step of some device would end are the numbers f + s, f + 2s, … of every
+  device, and a round of n steps in all cannot end before the n-th smallest of them: of the steps before it there are
+  fewer than n. Taking the steps with the n smallest times ends exactly then, so that this is a best answer, and with
+  times that are lower bounds a lower bound.
+- `best_order` (CP-SAT) chooses the order in which a server serves devices, one at a time, and a way for each. This is
+  scheduling one machine with heads and tails (1 | r, q | Cmax; Carlier 1982). Device j may begin once its head is over,
+  h_j seconds after the round begins; the server is busy with it for p_j; its answer has arrived t_j after that. A way
+  says h, p and t at once: the lower layers that the device holds. Where the search does not finish, the order stands
+  beside the better of its bound and that of Jackson's preemptive schedule: with the smallest h, p and t of every
+  device, the server always works on the device of the longest tail among those that have come, and may leave it for a
+  longer one.
 
 Numbers in brackets are those of the blocks in docs/formulation.md.
 """
@@ -39,8 +42,9 @@ MS = 1e3
 MOST_WAYS = 2000
 """of all devices together: with more, the order is by tails and the bound is Jackson's, without a search"""
 TICKS = 10_000_000
-"""CP-SAT counts in whole numbers: so many make up the makespan of the first order. Seconds are rounded down, so that what
-it proves holds"""
+"""CP-SAT counts in whole numbers: so many make up the makespan of the first order. Seconds are rounded down, so that
+what it proves holds
+"""
 
 
 # --- micro-batches of a step ------------------------------------------------------------------------------------------
@@ -172,8 +176,8 @@ class Pace:
 def shared_out(paces: Sequence[Pace], steps: int, unit: int = 1) -> list[int]:
     """How many of `steps` steps each device takes, in whole `unit`s, so that the last answer comes as soon as can be.
 
-    Of devices that would end at the same time, earlier ones come first. `steps` is a multiple of `unit`, and some device
-    has finite times.
+    Of devices that would end at the same time, earlier ones come first. `steps` is a multiple of `unit`, and some
+    device has finite times.
     """
     taken = [0] * len(paces)
     ends = [
@@ -193,7 +197,9 @@ def makespan_of(paces: Sequence[Pace], taken: Sequence[int]) -> float:
 
 
 def shared_by_weight(weights: Sequence[float], units: int) -> list[int]:
-    """Whole shares of `units` in proportion to the weights: the largest remainders are rounded up, the first of equals."""
+    """Whole shares of `units` in proportion to the weights: the largest remainders are rounded up, the first of
+    equals.
+    """
     whole = sum(weights)
     exact = [units * weight / whole for weight in weights]
     shares = [math.floor(one) for one in exact]
@@ -282,7 +288,8 @@ def jackson_bound(jobs: Sequence[Way]) -> float:
 
 
 def best_order(ways: Sequence[Sequence[Way]], time_limit: float) -> ServiceOrder:
-    """The order, and a way for each device, with which the last answer comes first, as found within `time_limit` seconds.
+    """The order, and a way for each device, with which the last answer comes first, as found within `time_limit`
+    seconds.
 
     Each device has a way at least. Raises KeyboardInterrupt on Ctrl-C.
     """

@@ -29,7 +29,9 @@ class FleetSimulation:
 
 
 class Replays:
-    """What the replays of plans find, which live as long as this; each is replayed once, however many members have it."""
+    """What the replays of plans find, which live as long as this; each is replayed once, however many members have
+    it.
+    """
 
     def __init__(self) -> None:
         self._found: dict[int, Simulation] = {}

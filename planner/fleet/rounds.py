@@ -1,16 +1,18 @@
-"""The planner of rounds: each device's part within its budget, its local steps, and where a server is shared, whose turn it is.
+"""The planner of rounds: each device's part within its budget, its local steps, and where a server is shared, whose
+turn it is.
 
-**Without a server** each device holds the whole model and waits for nobody. Plans do not depend on how many steps a device takes,
-so each is planned once, for the fastest step that its budget holds beside Flower's processes, and of many equal ones as many as
-there is time for; `programs.shared_out` then shares the steps out by speed. With the plans' proven bounds in the place of their
-seconds, the same sharing-out gives the bound.
+**Without a server** each device holds the whole model and waits for nobody. Plans do not depend on how many steps a
+device takes, so each is planned once, for the fastest step that its budget holds beside Flower's processes, and of many
+equal ones as many as there is time for; `programs.shared_out` then shares the steps out by speed. With the plans'
+proven bounds in the place of their seconds, the same sharing-out gives the bound.
 
-**With a server** each device holds the lower layers. For every device and every cut of the model, device and server are a pipeline
-of two stages, each planned within its budget (`search.DivisionSearch`); so many updates of it, after the start of the server's run,
-are the service. Steps are shared out by weight. Cuts are tried by their bounds. One is left out where another is known that is no
-worse in all: its head, its service and its tail. Then `programs.best_order` chooses a cut for every device and the order at once.
-With the bounds of all cuts that might be better in the place of the services found, the same program bounds the round. Of many
-devices, those for which there was no time have plans that were made for others.
+**With a server** each device holds the lower layers. For every device and every cut of the model, device and server are
+a pipeline of two stages, each planned within its budget (`search.DivisionSearch`); so many updates of it, after the
+start of the server's run, are the service. Steps are shared out by weight. Cuts are tried by their bounds. One is left
+out where another is known that is no worse in all: its head, its service and its tail. Then `programs.best_order`
+chooses a cut for every device and the order at once. With the bounds of all cuts that might be better in the place of
+the services found, the same program bounds the round. Of many devices, those for which there was no time have plans
+that were made for others.
 """
 
 from __future__ import annotations
@@ -99,13 +101,13 @@ def plan_federated(
 def plan_split(
     server: MemberSpec, members: Sequence[MemberSpec], steps: int, asked: SplitRoundsOptions
 ) -> tuple[SplitPlan, dict[str, Plan], dict[str, Plan]]:
-    """The shortest round found of `steps` micro-batches in all, with its proof; the plans of the devices that take part,
-    and the server's for each of them, both by the device's name.
+    """The shortest round found of `steps` micro-batches in all, with its proof; the plans of the devices that take
+    part, and the server's for each of them, both by the device's name.
 
-    Steps are shared out equally, or by `weights` of members, in whole updates. Each device's budget is for all that runs
-    there: `flower_bytes` of it are set aside for Flower's processes. Devices for which there is no cut take no part.
-    Raises InputError for members that cannot train together or a number that cannot be used, and InfeasibleError where
-    no device can take part.
+    Steps are shared out equally, or by `weights` of members, in whole updates. Each device's budget is for all that
+    runs there: `flower_bytes` of it are set aside for Flower's processes. Devices for which there is no cut take no
+    part. Raises InputError for members that cannot train together or a number that cannot be used, and InfeasibleError
+    where no device can take part.
     """
     specs = checked_members(members)
     (server,) = checked_members([server])
@@ -116,8 +118,8 @@ def plan_split(
     lora, unit = server.profile.model.lora, server.profile.accumulate
     if not lora:
         raise InputError(
-            f"the profiles of {server.profile.model.name} train no adapter, and adapters are what federated rounds add up;"
-            f" profile with {spelled('lora_rank')}"
+            f"the profiles of {server.profile.model.name} train no adapter, and adapters are what federated rounds add"
+            f" up; profile with {spelled('lora_rank')}"
         )
     for name, profile in profiles.items():
         check_plain(name, profile)
@@ -146,8 +148,8 @@ class _Rounds(FleetPlanner, Generic[R]):
         """bytes of each device's run"""
 
     def way(self, link: Link, adapters: tuple[int, int], service: float) -> Way:
-        """How a device has its round, with the bytes of the adapters that come and go: one comes and its run gets ready, the service
-        takes its seconds, the answer goes.
+        """How a device has its round, with the bytes of the adapters that come and go: one comes and its run gets
+        ready, the service takes its seconds, the answer goes.
         """
         down_bytes, up_bytes = adapters
         return Way(
@@ -189,9 +191,9 @@ class _Rounds(FleetPlanner, Generic[R]):
 
 
 def in_turn(plans: Sequence[object], budgets: Sequence[Any]) -> list[int]:
-    """A member for each budget of each of `plans`, which are those of equal members, in an order in which the first few are of use
-    to all: of equal members those with the smallest and the largest budget, then those in the middle between two. Budgets may have
-    more with them in which members differ, as tuples.
+    """A member for each budget of each of `plans`, which are those of equal members, in an order in which the first few
+    are of use to all: of equal members those with the smallest and the largest budget, then those in the middle between
+    two. Budgets may have more with them in which members differ, as tuples.
     """
     first: dict[tuple[int, Any], int] = {}
     for at, (own, budget) in enumerate(zip(plans, budgets)):
@@ -218,8 +220,8 @@ class _WholePlans:
         self.rooms = rooms
 
     def explore(self, until: float) -> Iterator[tuple[int, int]]:
-        """Plan as many as there is time for, in an order in which the first few are of use to all; after each, how many of how many
-        have been planned.
+        """Plan as many as there is time for, in an order in which the first few are of use to all; after each, how many
+        of how many have been planned.
         """
         order = in_turn(self.plans, self.rooms)
         for number, (at, share) in enumerate(while_there_is_time(order, until), 1):
@@ -234,7 +236,8 @@ class _WholePlans:
         return self.rooms[at] <= self.plans[at].too_small
 
 
-# --- without a server ---------------------------------------------------------------------------------------------------
+# --- without a server
+# ---------------------------------------------------------------------------------------------------
 
 
 class _WholeRounds(_Rounds[FederatedPlan]):
@@ -336,7 +339,8 @@ class _WholeRounds(_Rounds[FederatedPlan]):
         return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
 
 
-# --- with a server ------------------------------------------------------------------------------------------------------
+# --- with a server
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -459,8 +463,8 @@ class _SplitRounds(_Rounds[SplitPlan]):
     # --- cuts -------------------------------------------------------------------------------------------------------
 
     def _explore(self) -> None:
-        """Plan the cuts of the devices that may be of use, those first whose bounds are the lowest; for devices for which there is
-        no time, look for one cut for which others' plans can be used.
+        """Plan the cuts of the devices that may be of use, those first whose bounds are the lowest; for devices for
+        which there is no time, look for one cut for which others' plans can be used.
         """
         links = [tuple(spec.link.model_dump().values()) for spec in self.specs]
         order = in_turn([device.search.candidates[0].plans for device in self.devices], [*zip(self.rooms, links)])
@@ -481,8 +485,8 @@ class _SplitRounds(_Rounds[SplitPlan]):
                     break
 
     def _useful(self, device: _Device) -> list[int]:
-        """The cuts that have been planned, or may be better than each of these in its head, its service or its tail. Head
-        and tail are as long as the lower part of the adapter is large.
+        """The cuts that have been planned, or may be better than each of these in its head, its service or its tail.
+        Head and tail are as long as the lower part of the adapter is large.
         """
         known = {cut: found.makespan for cut, found in device.made.items() if found}
         result = []
@@ -507,8 +511,8 @@ class _SplitRounds(_Rounds[SplitPlan]):
         return self.way(self.specs[at].link, (size, size), self.server_start_seconds + count * update_seconds)
 
     def _choices(self, able: Sequence[int], *, bounds: bool) -> _Choices:
-        """The ways that have been planned; with `bounds` those that may be better than the best too, in the seconds that
-        they take at least.
+        """The ways that have been planned; with `bounds` those that may be better than the best too, in the seconds
+        that they take at least.
         """
         devices, cuts, ways = [], [], []
         for at in able:
@@ -585,8 +589,8 @@ class _SplitRounds(_Rounds[SplitPlan]):
         if not device.search.plans and any(device.bound(cut) < math.inf for cut in device.cuts):
             return no_time()
         return (
-            f"{NO_CUT}, within {format_size(self.specs[at].budget_bytes)}, of which {format_size(self.flower_bytes)} are for"
-            f" Flower, and {format_size(self.server.budget_bytes)}"
+            f"{NO_CUT}, within {format_size(self.specs[at].budget_bytes)}, of which {format_size(self.flower_bytes)}"
+            f" are for Flower, and {format_size(self.server.budget_bytes)}"
         )
 
     def _nothing_fits(self) -> InfeasibleError:
@@ -600,9 +604,9 @@ class _SplitRounds(_Rounds[SplitPlan]):
         least = min(needed, default=0)
         names = ", ".join(spec.name for spec in self.specs)
         return InfeasibleError(
-            f"no device can take part ({names}): {NO_CUT}. A device needs {format_size(least)} for the lowest layers alone,"
-            f" and the server may take {format_size(self.server.budget_bytes)} for all others; give more memory, or profile"
-            " with a smaller batch or a shorter sequence",
+            f"no device can take part ({names}): {NO_CUT}. A device needs {format_size(least)} for the lowest layers"
+            f" alone, and the server may take {format_size(self.server.budget_bytes)} for all others; give more memory,"
+            " or profile with a smaller batch or a shorter sequence",
             least,
         )
 
@@ -647,8 +651,8 @@ class _SplitRounds(_Rounds[SplitPlan]):
         return SplitBaseline(name=name, makespan_seconds=max(one.answered for one in order), layers=layers)
 
     def _without(self, found: _Choices, serving: ServiceOrder) -> list[SplitBaseline]:
-        """Rounds without one of the devices, where they are shorter by more than its part: others take its steps, with the cuts
-        that were chosen.
+        """Rounds without one of the devices, where they are shorter by more than its part: others take its steps, with
+        the cuts that were chosen.
         """
         chosen = {one.device: found.cuts[one.device][one.way] for one in serving.served}
         result = []

@@ -1,44 +1,44 @@
 """The data model of fleets' plans: which devices take part, what each computes and holds, and when all are done.
 
-A fleet is **replicas** of a **chain** of **parts**, joined every so many steps. A part is what one device computes with a plan
-of its own, within its own budget; a chain is one part, or several over which activations pass up and gradients down; replicas
-share out micro-batches or data. There are five kinds, each a point of that:
+A fleet is **replicas** of a **chain** of **parts**, joined every so many steps. A part is what one device computes with
+a plan of its own, within its own budget; a chain is one part, or several over which activations pass up and gradients
+down; replicas share out micro-batches or data. There are five kinds, each a point of that:
 
-| kind | replicas | parts of each | joined |
-|---|---|---|---|
-| data parallel | as many as members, which share out a step's micro-batches | 1, the whole model | every step, by the sum of gradients |
-| pipeline | 1 | as many as members, of some layers each | – |
-| mobillm | 1 | 2: the device's forward, the server's side network; messages pass up alone | – |
-| federated | as many as members, each with data of its own | 1, the whole model | every round, by the mean of adapters |
-| split federated | as many as members, each with data of its own | 2: the device's lower layers, the server's upper ones | the same |
+| kind | replicas | parts of each | joined | |---|---|---|---| | data parallel | as many as members, which share out a
+step's micro-batches | 1, the whole model | every step, by the sum of gradients | | pipeline | 1 | as many as members,
+of some layers each | – | | mobillm | 1 | 2: the device's forward, the server's side network; messages pass up alone | –
+| | federated | as many as members, each with data of its own | 1, the whole model | every round, by the mean of
+adapters | | split federated | as many as members, each with data of its own | 2: the device's lower layers, the
+server's upper ones | the same |
 
 `tightfit.planner.fleet.parts` says any plan in these terms.
 
-**Data parallel.** A step (an update of the trained tensors) is `micro_batches` micro-batches in a global order. Every member
-computes a run of neighbouring ones and keeps its gradients apart. Then the members form a chain, in the order of their
-micro-batches: each adds its gradients, in the global order, to the sum that comes from the member before it. The last one sends
-the mean back down the chain, and everyone makes the same update. So the sum is rounded as in one process that accumulates the
-same micro-batches, and both directions of every link are used. The trained tensors pass in pieces of whole tensors,
-`PIECE_BYTES` or less, so that all links work at once.
+**Data parallel.** A step (an update of the trained tensors) is `micro_batches` micro-batches in a global order. Every
+member computes a run of neighbouring ones and keeps its gradients apart. Then the members form a chain, in the order of
+their micro-batches: each adds its gradients, in the global order, to the sum that comes from the member before it. The
+last one sends the mean back down the chain, and everyone makes the same update. So the sum is rounded as in one process
+that accumulates the same micro-batches, and both directions of every link are used. The trained tensors pass in pieces
+of whole tensors, `PIECE_BYTES` or less, so that all links work at once.
 
-**Pipeline.** Each member holds a **stage**, a run of neighbouring layers (`tightfit.planner.fleet.part_profiles`), and updates what it
-trains inside its plan's last micro-batch. One message per micro-batch, cut and direction passes
-(`tightfit.runtime.engine.fleet.message`). A stage runs the plan's training schedule for one micro-batch after the other. With
-`ahead` d = 0 it sends activations when its forward ends, and waits for their gradients. With d >= 1 it first runs the forward
-alone (the plan's schedule for evaluation) of d micro-batches, which send activations up, and then of another one after each
-micro-batch that it has trained. Its training schedule then repeats the forward, and sends nothing up. What it has received stays
-in a ring of messages until it has been trained.
+**Pipeline.** Each member holds a **stage**, a run of neighbouring layers (`tightfit.planner.fleet.part_profiles`), and
+updates what it trains inside its plan's last micro-batch. One message per micro-batch, cut and direction passes
+(`tightfit.runtime.engine.fleet.message`). A stage runs the plan's training schedule for one micro-batch after the
+other. With `ahead` d = 0 it sends activations when its forward ends, and waits for their gradients. With d >= 1 it
+first runs the forward alone (the plan's schedule for evaluation) of d micro-batches, which send activations up, and
+then of another one after each micro-batch that it has trained. Its training schedule then repeats the forward, and
+sends nothing up. What it has received stays in a ring of messages until it has been trained.
 
-**mobillm.** The device runs the frozen model's forward of each micro-batch and sends the outputs of the chosen blocks; the server
-trains the side network from them and makes one update. Nothing comes back but the word that the step is done.
+**mobillm.** The device runs the frozen model's forward of each micro-batch and sends the outputs of the chosen blocks;
+the server trains the side network from them and makes one update. Nothing comes back but the word that the step is
+done.
 
-**Federated.** In a round every device gets the fleet's adapter, takes a number of steps of its own on its own data, and sends back
-what the adapter has become. The server adds the answers up, weighted by the tokens that each was trained on. A device that does
-not answer is left out.
+**Federated.** In a round every device gets the fleet's adapter, takes a number of steps of its own on its own data, and
+sends back what the adapter has become. The server adds the answers up, weighted by the tokens that each was trained on.
+A device that does not answer is left out.
 
-**Split federated.** The same, but each device computes the model's lower layers alone, and the server the rest. The server's budget
-holds one such pipeline at a time, so that it serves one device after the other. Each device answers with the lower part of its
-adapter; the upper part is what the server has trained for it.
+**Split federated.** The same, but each device computes the model's lower layers alone, and the server the rest. The
+server's budget holds one such pipeline at a time, so that it serves one device after the other. Each device answers
+with the lower part of its adapter; the upper part is what the server has trained for it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Passed(FrozenRecord):
     dtype: str = Field(description="torch dtype without the prefix")
 
 
-# --- members ------------------------------------------------------------------------------------------------------------
+# --- members
+# ------------------------------------------------------------------------------------------------------------
 
 
 class PlannedMember(FrozenRecord):
@@ -180,7 +181,9 @@ class FederatedMember(Participant):
 
 
 class SplitMember(FederatedMember):
-    """Such a device that holds the lower layers alone. Those that take part come first, in the order in which they are served."""
+    """Such a device that holds the lower layers alone. Those that take part come first, in the order in which they are
+    served.
+    """
 
     weight: float = Field(1.0, gt=0, description="of its share of the steps")
     server_plan: str | None = Field(None, description="file of the server's plan for the layers above")
@@ -199,7 +202,8 @@ class SplitMember(FederatedMember):
     begin_seconds: float = Field(0.0, ge=0, description="when its service begins, counted from when the round does")
 
 
-# --- plans --------------------------------------------------------------------------------------------------------------
+# --- plans
+# --------------------------------------------------------------------------------------------------------------
 
 M = TypeVar("M", bound=PlannedMember)
 
@@ -215,8 +219,10 @@ class Exactness(FrozenRecord):
     """How far the results of a fleet are those of one process, or of devices that compute all layers."""
 
     bit_identical: bool = Field(
-        description="whether they are to the bit: messages are exact, and the members' profiles agree in everything that"
-        " decides how operators round"
+        description=(
+            "whether they are to the bit: messages are exact, and the members' profiles agree in everything that"
+            " decides how operators round"
+        )
     )
     differences: list[str] = Field([], description="in words, in what the profiles do not agree")
 

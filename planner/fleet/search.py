@@ -1,16 +1,18 @@
-"""The searches for the shortest step: of the sum's chain (`SumSearch`), of a model's division (`DivisionSearch`), of one device.
+"""The searches for the shortest step: of the sum's chain (`SumSearch`), of a model's division (`DivisionSearch`), of
+one device.
 
-**The chain of the sum.** An integer program proposes, members plan, the clock judges. The search begins with a plan for every
-member at its leanest: nothing of the exchange in memory. With less room a plan is not faster, so that for all other shelves,
-roles and numbers of micro-batches its seconds are what can be hoped for. Whatever could be better than the best chain if hopes
-came true is planned, so that only few rooms ever are. Chains are judged by `clock.play_sum`. The integer program proposes some,
-for what is hoped for and for what is known; each is changed a little at a time as long as that makes it better. Last the program
-with the plans' bounds gives the bound.
+**The chain of the sum.** An integer program proposes, members plan, the clock judges. The search begins with a plan for
+every member at its leanest: nothing of the exchange in memory. With less room a plan is not faster, so that for all
+other shelves, roles and numbers of micro-batches its seconds are what can be hoped for. Whatever could be better than
+the best chain if hopes came true is planned, so that only few rooms ever are. Chains are judged by `clock.play_sum`.
+The integer program proposes some, for what is hoped for and for what is known; each is changed a little at a time as
+long as that makes it better. Last the program with the plans' bounds gives the bound.
 
-**The division.** Which members hold which layers, and how far each is ahead. Divisions are taken in the order of their bounds. The
-stages of the first that was not planned are planned, which raises the bounds of all divisions that contain them; the clock says
-what it takes. The search ends when no bound is below the best step so far, but for the gap. So it has tried all divisions, most of
-them without planning for them. Of many members it tries some (`bounds`), and once its time is over it plans no more than it has to.
+**The division.** Which members hold which layers, and how far each is ahead. Divisions are taken in the order of their
+bounds. The stages of the first that was not planned are planned, which raises the bounds of all divisions that contain
+them; the clock says what it takes. The search ends when no bound is below the best step so far, but for the gap. So it
+has tried all divisions, most of them without planning for them. Of many members it tries some (`bounds`), and once its
+time is over it plans no more than it has to.
 """
 
 from __future__ import annotations
@@ -218,8 +220,8 @@ class SumSearch:
         return terms(station, role, Surroundings(pieces=self.pieces, most=most, latency_seconds=latency))
 
     def _judge(self, chain: SumChain, below: float) -> float:
-        """As `makespan`. A chain that could be better than the best one if hopes came true is planned first; the best of
-        all is remembered.
+        """As `makespan`. A chain that could be better than the best one if hopes came true is planned first; the best
+        of all is remembered.
         """
         best = self.makespan(self.best)
         worth = best * (1 - self.gap)
@@ -291,7 +293,8 @@ class SumSearch:
 
     def _begin(self, members: Sequence[int]) -> None:
         """Climb from the best of chains in which each micro-batch goes to the member that would be the first to have
-        computed it: of two members, in either order, and of the fastest three, four and so on, of many in larger strides.
+        computed it: of two members, in either order, and of the fastest three, four and so on, of many in larger
+        strides.
         """
         seconds = {at: self._seconds(ChainPlace(at, 1, "disk", "disk"), "known", first=False) for at in members}
         fastest = sorted(members, key=seconds.__getitem__)
@@ -355,9 +358,9 @@ class SumSearch:
         return result
 
     def _ranges(self, place: ChainPlace, sight: Sight, *, first: bool) -> list[tuple[int, int]]:
-        """Ranges of micro-batches with one number of seconds: a known plan with room for some slots also has it for fewer,
-        and what can be hoped for with some slots holds for more. Where it differs, ranges begin at powers of two, and
-        wherever a chain was proposed.
+        """Ranges of micro-batches with one number of seconds: a known plan with room for some slots also has it for
+        fewer, and what can be hoped for with some slots holds for more. Where it differs, ranges begin at powers of
+        two, and wherever a chain was proposed.
         """
         most = self.micro_batches - 1
         cuts = self.splits.get(place.candidate, set())
@@ -503,7 +506,9 @@ class DivisionSearch:
         return math.inf if self.best is None else self.best.makespan
 
     def run(self) -> None:
-        """Try divisions until none is left that may be better, or the time is up. Raises KeyboardInterrupt on Ctrl-C."""
+        """Try divisions until none is left that may be better, or the time is up. Raises KeyboardInterrupt on
+        Ctrl-C.
+        """
         late = 0
         while True:
             bounds = DivisionBounds(self.candidates, self.micro_batches)
@@ -616,7 +621,9 @@ class DivisionSearch:
         return play(stations, self.micro_batches).makespan
 
     def known(self, division: Division, at: int, ahead_below: int) -> KnownStage | None:
-        """The plan of a stage, which is made if there is none; but not for one below that is ahead, once the time is over."""
+        """The plan of a stage, which is made if there is none; but not for one below that is ahead, once the time is
+        over.
+        """
         held = division[at]
         candidate = self.candidates[held.candidate]
         room = candidate.plans.room(held.layers, candidate.budget_bytes, ahead_below)

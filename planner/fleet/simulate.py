@@ -1,28 +1,24 @@
 """The fleet's judge: replays what all members and links do together, checks invariants, states makespans.
 
-It reads the fleet's plan and its members' plans alone and shares nothing with the searches but the clocks (`replay`). A rule that
-holds for every kind of fleet stands here once, for each part of each chain (`parts`). Every violated invariant raises
-`InvalidFleet` with the invariant's name and the member:
+It reads the fleet's plan and its members' plans alone and shares nothing with the searches but the clocks (`replay`). A
+rule that holds for every kind of fleet stands here once, for each part of each chain (`parts`). Every violated
+invariant raises `InvalidFleet` with the invariant's name and the member:
 
-| invariant | what must hold |
-|---|---|
-| names | every member has a name of its own; where the order matters, those that compute come first |
-| micro-batches | data parallel: the members' runs follow one another in the chain's order and cover every micro-batch once |
-| layers | the parts of a chain follow one another, hold every layer once, and their plans are of these layers |
-| ahead | no part is ahead by less than nothing, more than a step or than the part below allows; the last one is in turns |
-| steps | rounds: members take all steps together, in whole updates |
-| link | both directions carry something, and latency is not negative |
-| plan | every part has a plan, the one with the fingerprint that is stated; members that take no part have none |
-| optimizer | that plan is of the fleet's updates: it hands gradients over, sends activations, or updates by itself |
-| model | the plans are of the fleet's model and batch, and train what is stated, each tensor in one part of a chain |
-| messages | what a part sends is what the next one receives, in the stated form, and so are the bytes of all messages |
-| exchange | `exchange_bytes` are what shelves and messages need, and the plan's floor has room for them |
-| budget | no peak is above its member's budget, and no plan is for more than that |
-| peak | the stated peak is the plan's, which is what its replay finds, with what is set aside |
-| seconds | a micro-batch takes what the plan's replay says, and each time of a round is what it adds up to |
-| order | no message is taken before it has arrived, and none sent before it was made; a server serves one device at a time |
-| makespan | what is stated is what the replay finds |
-| bound | no bound is above what it bounds |
+| invariant | what must hold | |---|---| | names | every member has a name of its own; where the order matters, those
+that compute come first | | micro-batches | data parallel: the members' runs follow one another in the chain's order and
+cover every micro-batch once | | layers | the parts of a chain follow one another, hold every layer once, and their
+plans are of these layers | | ahead | no part is ahead by less than nothing, more than a step or than the part below
+allows; the last one is in turns | | steps | rounds: members take all steps together, in whole updates | | link | both
+directions carry something, and latency is not negative | | plan | every part has a plan, the one with the fingerprint
+that is stated; members that take no part have none | | optimizer | that plan is of the fleet's updates: it hands
+gradients over, sends activations, or updates by itself | | model | the plans are of the fleet's model and batch, and
+train what is stated, each tensor in one part of a chain | | messages | what a part sends is what the next one receives,
+in the stated form, and so are the bytes of all messages | | exchange | `exchange_bytes` are what shelves and messages
+need, and the plan's floor has room for them | | budget | no peak is above its member's budget, and no plan is for more
+than that | | peak | the stated peak is the plan's, which is what its replay finds, with what is set aside | | seconds |
+a micro-batch takes what the plan's replay says, and each time of a round is what it adds up to | | order | no message
+is taken before it has arrived, and none sent before it was made; a server serves one device at a time | | makespan |
+what is stated is what the replay finds | | bound | no bound is above what it bounds |
 """
 
 from __future__ import annotations
@@ -82,8 +78,8 @@ def simulate_fleet(
 ) -> FleetSimulation:
     """Replay `fleet` with the plans of its members, by name, and in split rounds those that the server has for each.
 
-    Raises InvalidFleet where an invariant breaks, and `tightfit.planner.simulation.simulate.InvalidSchedule` where one does
-    in a member's own plan.
+    Raises InvalidFleet where an invariant breaks, and `tightfit.planner.simulation.simulate.InvalidSchedule` where one
+    does in a member's own plan.
     """
     return _Judge(fleet, plans, server_plans or {}).judged()
 
@@ -271,8 +267,8 @@ class _Judge:
             raise InvalidFleet(
                 "model",
                 device.name,
-                f"adapters of rank {ranks} are trained, {lower} bytes there and {whole} in all; stated are rank {member.rank} and"
-                f" {member.adapter_bytes} bytes, of the fleet {fleet.rank} and {fleet.adapter_bytes}",
+                f"adapters of rank {ranks} are trained, {lower} bytes there and {whole} in all; stated are rank"
+                f" {member.rank} and {member.adapter_bytes} bytes, of the fleet {fleet.rank} and {fleet.adapter_bytes}",
             )
         if len(set().union(*trained)) < sum(map(len, trained)):
             raise InvalidFleet("model", device.name, "its plan and the server's train a tensor both")
@@ -308,7 +304,9 @@ class _Judge:
             raise InvalidFleet("messages", "message_bytes", f"{fleet.message_bytes} bytes are stated")
 
     def _passed(self, part: Part, target: str, direction: str) -> tuple[list[Passed], set[int]]:
-        """What the operators `target` of a part's plan pass in a direction, in the order of the message, and in which bits."""
+        """What the operators `target` of a part's plan pass in a direction, in the order of the message, and in which
+        bits.
+        """
         plan = self._plan(part)
         if id(plan) not in self._messages:
             self._messages[id(plan)] = _messages(plan)
@@ -366,7 +364,8 @@ class _Judge:
             raise InvalidFleet(
                 "peak",
                 part.name,
-                f"the fleet states {part.peak_bytes} bytes, its plan {peak}, the replay {found.peak_bytes + part.aside_bytes}",
+                f"the fleet states {part.peak_bytes} bytes, its plan {peak}, the replay"
+                f" {found.peak_bytes + part.aside_bytes}",
             )
 
     def _check_seconds(self, at: int, part: Part) -> None:
@@ -432,13 +431,15 @@ class _Judge:
                 raise InvalidFleet(
                     "order",
                     chain[one.to].name,
-                    f"micro-batch {number} from {chain[one.station].name} is made at {ready} s, sent at {one.begin} s, there at"
-                    f" {arrived} s and used until {used} s",
+                    f"micro-batch {number} from {chain[one.station].name} is made at {ready} s, sent at {one.begin} s,"
+                    f" there at {arrived} s and used until {used} s",
                 )
         return told
 
     def _round(self, fleet: FederatedPlan | SplitPlan) -> FleetSimulation:
-        """A round: each device gets the adapter, takes its steps, where there is a server in turn with it, and answers."""
+        """A round: each device gets the adapter, takes its steps, where there is a server in turn with it, and
+        answers.
+        """
         free = 0.0
         for member, chain in zip(fleet.taking, self.chains):
             step, link, down_bytes, start = member.step_seconds or 0.0, member.link, fleet.adapter_bytes, 0.0

@@ -1,4 +1,5 @@
-"""THE model: variables, constraints and bounds of one layer and of the whole step; docs/formulation.md is its mathematics.
+"""THE model: variables, constraints and bounds of one layer and of the whole step; docs/formulation.md is its
+mathematics.
 
 May import: `planner.problem`, `planner.schedule`, `planner.solvers`.
 """

@@ -1,17 +1,18 @@
 """A lower bound on the step's time that holds for any schedule at a budget, whatever it recomputes, moves or reorders.
 
-Take the moment at which the last forward operator (the loss), the pivot, has first run. Every operator that depends on it runs
-later, and what those operators read and earlier ones made must be resident at that moment, or be made again, or come from disk.
-The same holds for weights and optimizer states at that moment and at the boundary between two steps. Memory at both moments is
-limited; a linear program uses it best.
+Take the moment at which the last forward operator (the loss), the pivot, has first run. Every operator that depends on
+it runs later, and what those operators read and earlier ones made must be resident at that moment, or be made again, or
+come from disk. The same holds for weights and optimizer states at that moment and at the boundary between two steps.
+Memory at both moments is limited; a linear program uses it best.
 
-It asks only for what must happen at least once. Making a tensor again costs one more run of its maker, not of what makes the
-maker's inputs; so the bound also holds for schedules that recompute those in turn: whole layers, layer inputs among them, any
-number of times. That recomputation reads weights again is left out too; and every operator is at least one instruction.
+It asks only for what must happen at least once. Making a tensor again costs one more run of its maker, not of what
+makes the maker's inputs; so the bound also holds for schedules that recompute those in turn: whole layers, layer inputs
+among them, any number of times. That recomputation reads weights again is left out too; and every operator is at least
+one instruction.
 
-Makers whose tensors cost and free the same, as those of equal layers do, stand in the program once, with their number, and so do
-weights and states: the mean over them of any solution is a solution, of the same time and bytes. Numbers in brackets are those
-of the blocks in docs/formulation.md.
+Makers whose tensors cost and free the same, as those of equal layers do, stand in the program once, with their number,
+and so do weights and states: the mean over them of any solution is a solution, of the same time and bytes. Numbers in
+brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from tightfit.profiles.schema import Profile, Tensor
 
 
 class AnyScheduleBound:
-    """The bound for one step at any number of budgets. `workspace_bytes`: where the step needs another workspace than its profile says."""
+    """The bound for one step at any number of budgets. `workspace_bytes`: where the step needs another workspace than
+    its profile says.
+    """
 
     def __init__(self, problem: LayeredStep, *, workspace_bytes: int | None = None) -> None:
         self.profile: Profile = problem.profile
@@ -76,8 +79,8 @@ class AnyScheduleBound:
         ]
 
     def step_seconds(self, budget_bytes: int, seconds: float = 60.0) -> float:
-        """Seconds per step that no schedule undercuts; where the solver needs more than `seconds`, what one run of every operator
-        takes.
+        """Seconds per step that no schedule undercuts; where the solver needs more than `seconds`, what one run of
+        every operator takes.
         """
         for row in self.rooms:
             self.program.row_bounds(row, -max(0.0, (budget_bytes - self.taken) / KIB), INFINITY)
@@ -201,8 +204,8 @@ class AnyScheduleBound:
                 self._one_of([kept, moved])
 
     def _values(self) -> None:
-        """(27) Values of trainables that may lie on disk: read after the loss at that moment, read before it between two steps. What
-        is not there between two steps was written after its update.
+        """(27) Values of trainables that may lie on disk: read after the loss at that moment, read before it between
+        two steps. What is not there between two steps was written after its update.
         """
         device = self.profile.device
         alike: Counter[tuple[bool, bool, int]] = Counter()

@@ -1,8 +1,9 @@
-"""The mixed-integer model of one layer: its bytes window by window and its seconds, over the variables of `layer_variables`.
+"""The mixed-integer model of one layer: its bytes window by window and its seconds, over the variables of
+`layer_variables`.
 
-`LayerProgram` adds a layer to a program; `column_generation` puts the blocks of all layers of a small model into one program, or prices
-the block of one layer type at a time at the dual prices of the step. Units: KiB and milliseconds. Numbers in brackets are those
-of the blocks in docs/formulation.md.
+`LayerProgram` adds a layer to a program; `column_generation` puts the blocks of all layers of a small model into one
+program, or prices the block of one layer type at a time at the dual prices of the step. Units: KiB and milliseconds.
+Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class WeightUse:
 
 
 class LayerProgram(LayerVariables):
-    """One layer inside `program`, with its figures: bytes at its windows' peaks and between them, seconds, instructions."""
+    """One layer inside `program`, with its figures: bytes at its windows' peaks and between them, seconds,
+    instructions.
+    """
 
     def __init__(self, program: LinearProgram, kind: LayerType) -> None:
         super().__init__(program, kind)
@@ -96,7 +99,8 @@ class LayerProgram(LayerVariables):
 
     def _row(self, peak: int, row: Linear) -> None:
         """Row: `peak` >= `row`, unless one with the same terms says as much already."""
-        # As bytes, since the terms of all rows as Python's objects take ten times as much; `+ 0.0` makes -0.0 the same as 0.0.
+        # As bytes, since the terms of all rows as Python's objects take ten times as much; `+ 0.0` makes -0.0 the same
+        # as 0.0.
         key = peak, array("d", (number + 0.0 for term in sorted(row.terms.items()) for number in term)).tobytes()
         if row.constant > self._rows.get(key, -1.0):
             self._rows[key] = row.constant
@@ -167,8 +171,8 @@ class LayerProgram(LayerVariables):
         )
 
     def _packed_inside(self, name: str, gap: str) -> Linear:
-        """Whether the packed form of a weight that each tile uses is there between its uses in a window, before `gap` (behind: the
-        backward gap, ahead: the step gap).
+        """Whether the packed form of a weight that each tile uses is there between its uses in a window, before `gap`
+        (behind: the backward gap, ahead: the step gap).
         """
         needed = self._in_mode(name, hold="unpacked", **{gap: "packed"})
         return self._in_mode(name, hold="packed").plus(needed)
@@ -180,8 +184,8 @@ class LayerProgram(LayerVariables):
         return packed.plus(self._in_mode(name, hold="unpacked"), weight.bytes / KIB)
 
     def _apart_rows(self) -> None:
-        """(49) Bytes at the updates where they are apart: the layer outside its windows, and one trainable's states and values
-        that are fetched.
+        """(49) Bytes at the updates where they are apart: the layer outside its windows, and one trainable's states and
+        values that are fetched.
         """
         kind = self.kind
         for update in kind.updates if kind.apart else ():
@@ -274,7 +278,9 @@ class LayerProgram(LayerVariables):
         return result.add(self.again[k][index - 1], -1.0) if index else result
 
     def _live(self, value: str, slot: Slot) -> Linear:
-        """(6) Whether a candidate is resident at the slot: it is there by then, and an operator at the slot or later reads it."""
+        """(6) Whether a candidate is resident at the slot: it is there by then, and an operator at the slot or later
+        reads it.
+        """
         t, k = slot
         maker = self.producer.get(value)
         direct = self.direct[value]
@@ -487,8 +493,8 @@ class LayerProgram(LayerVariables):
                 disk_states = self.away[MINOR if update.minor else update.trainable]
                 for name in state_names_of(update):
                     size = kind.raw_bytes[name]
-                    # (49) fetched and written in the step, and in the update where it is apart; in the step there is only the
-                    # sum, which is not written in the update
+                    # (49) fetched and written in the step, and in the update where it is apart; in the step there is
+                    # only the sum, which is not written in the update
                     fetched, written, later_fetched, later_written = 1.0, 1.0, 0.0, 0.0
                     if kind.apart:
                         summed = float(name.startswith(SUM))

@@ -1,9 +1,9 @@
 """The decisions of one layer as variables of a program, and what depends on them: what runs again, what is unpacked.
 
-``keep[v]`` and ``offload[v]`` for each forward storage that the backward window needs, a residency mode per weight, ``away[u]``
-for optimizer states on disk. ``again[k][e]`` says that forward operator k has run again by its event e. The decisions bound it
-from below (an operator runs again before the first reader that needs it, and what that takes runs before), and it need not be
-declared integer. Numbers in brackets are those of the blocks in docs/formulation.md.
+``keep[v]`` and ``offload[v]`` for each forward storage that the backward window needs, a residency mode per weight,
+``away[u]`` for optimizer states on disk. ``again[k][e]`` says that forward operator k has run again by its event e. The
+decisions bound it from below (an operator runs again before the first reader that needs it, and what that takes runs
+before), and it need not be declared integer. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The constraints of the whole step over its layers' figures: bytes window by window, time, disk; and bytes counted for columns.
+"""The constraints of the whole step over its layers' figures: bytes window by window, time, disk; and bytes counted for
+columns.
 
-Time: the step lasts as long as its windows together, a window at least as long as its computation, and by the end of a window the
-disk has done what was needed by then. How far ahead transfers begin is left open, which makes the time a lower bound for the
-class; the simulator says what a plan really takes. Numbers in brackets are those of the blocks in docs/formulation.md.
+Time: the step lasts as long as its windows together, a window at least as long as its computation, and by the end of a
+window the disk has done what was needed by then. How far ahead transfers begin is left open, which makes the time a
+lower bound for the class; the simulator says what a plan really takes. Numbers in brackets are those of the blocks in
+docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class StepConstraints:
     bytes: int
     """variable: KiB at the fullest window, instructions included"""
     spare: dict[str, list[Linear]]
-    """"forward", "backward" and "evaluate", per layer: KiB of `bytes` that are free in that window, at least, beside what waits for
-    the disk
+    """"forward", "backward" and "evaluate", per layer: KiB of `bytes` that are free in that window, at least, beside
+    what waits for the disk
     """
     total_ms: Linear
     disk_ms: Linear
@@ -95,8 +97,8 @@ def add_step_constraints(
         free.plus(outside, -1.0).plus(terms.outside).plus(terms.evaluate_peak, -1.0)
         program.at_least(free)
         spare["evaluate"].append(free)
-    # (13) a window lasts at least as long as its computation; and by its end the cores have done, since the step began, all computation
-    # so far and all that it costs them to have what was needed so far read and fetched
+    # (13) a window lasts at least as long as its computation; and by its end the cores have done, since the step began,
+    # all computation so far and all that it costs them to have what was needed so far read and fetched
     clock, worked = [Linear()], Linear()
     for window in order:
         terms, now, work = layers[window.layer], program.variable(), program.variable()
@@ -142,9 +144,10 @@ def _add_disk(
 ) -> None:
     """(14) What the disk does window by window, and (15) the memory that waits for it.
 
-    A window lasts at least as long as the disk is busy in it. What is read or fetched before the window that needs it, and what is
-    spilled and not yet written, takes memory meanwhile. The constraints hold for any plan of the class; with `careful` they ask for
-    fetches one window ahead and count a spill to the end of its window, which plans can really keep.
+    A window lasts at least as long as the disk is busy in it. What is read or fetched before the window that needs it,
+    and what is spilled and not yet written, takes memory meanwhile. The constraints hold for any plan of the class;
+    with `careful` they ask for fetches one window ahead and count a spill to the end of its window, which plans can
+    really keep.
     """
     rates = _kib_per_ms(problem)
     needed = {name: Linear() for name in rates}
@@ -157,7 +160,8 @@ def _add_disk(
             "fetches": Linear() if forward else terms.fetches_backward,
             "spills": terms.spills_forward if forward else Linear(),
         }
-        # (14) needed and transferred: ms of each sort of transfer that windows so far ask for, and that the disk has done
+        # (14) needed and transferred: ms of each sort of transfer that windows so far ask for, and that the disk has
+        # done
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
         states = [] if forward or not careful else [terms.states_fetched, terms.states_spilled]
         waiting = Linear()
@@ -195,7 +199,9 @@ def _add_disk(
 
 
 def _kib_per_ms(problem: LayeredStep) -> dict[str, float]:
-    """(15) KiB that a millisecond of disk time moves at least, for each sort of transfer; 0 where there is none of it."""
+    """(15) KiB that a millisecond of disk time moves at least, for each sort of transfer; 0 where there is none of
+    it.
+    """
     reads: list[float] = []
     spills: list[float] = []
     fetches: list[float] = []

@@ -1,5 +1,5 @@
-"""What the choice of what stays in memory is made from: pieces of a decoder's matrices by what they cost. It holds sizes and seconds
-alone, so that it can be solved elsewhere, and needs no solver to be made.
+"""What the choice of what stays in memory is made from: pieces of a decoder's matrices by what they cost. It holds
+sizes and seconds alone, so that it can be solved elsewhere, and needs no solver to be made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Seconds = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class PieceKind:
-    """Pieces that cost the same in every state; `head` tells those that a prompt's passes before the last do not need."""
+    """Pieces that cost the same in every state; `head` tells those that a prompt's passes before the last do not
+    need.
+    """
 
     format: str
     group: int
@@ -103,7 +105,8 @@ def choice_problem(
     *,
     key_seconds: float = 0.0,
 ) -> ChoiceProblem:
-    """The choice for passes of a prompt, of so many tokens each, and `tokens` passes of one token, with at most `room` bytes for matrices.
+    """The choice for passes of a prompt, of so many tokens each, and `tokens` passes of one token, with at most `room`
+    bytes for matrices.
 
     `key_seconds` is what the cache adds to the pass of a token.
     """
@@ -146,8 +149,8 @@ def choice_problem(
 
 
 def least_room(pieces: Sequence[RowPiece]) -> int:
-    """The fewest bytes in which matrices can be kept and read: those of the largest pieces stay, if that is less than the
-    rooms to read them.
+    """The fewest bytes in which matrices can be kept and read: those of the largest pieces stay, if that is less than
+    the rooms to read them.
     """
     sizes = Counter(piece.packed_bytes for piece in pieces)
     kept, least = 0, []
@@ -158,7 +161,9 @@ def least_room(pieces: Sequence[RowPiece]) -> int:
 
 
 def spread(pieces: Sequence[RowPiece], choice: Choice) -> list[str]:
-    """A state for each piece: those of one kind are spread evenly over the pass, so that reading goes on all the time."""
+    """A state for each piece: those of one kind are spread evenly over the pass, so that reading goes on all the
+    time.
+    """
     seen: Counter[PieceKind] = Counter()
     states = []
     numbers = Counter(map(kind_of, pieces))

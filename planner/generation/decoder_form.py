@@ -1,8 +1,8 @@
 """What the steps of a decoder need beside its matrices: a place for every value of their programs.
 
-A step's values lie in one stretch of memory, each for as long as an operator is yet to read it. What a layer's program makes for
-itself takes the same places in every layer; what passes between layers has its own. An operator that may write over its first
-input does, where nobody reads that afterwards.
+A step's values lie in one stretch of memory, each for as long as an operator is yet to read it. What a layer's program
+makes for itself takes the same places in every layer; what passes between layers has its own. An operator that may
+write over its first input does, where nobody reads that afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Layout:
 
 
 def packed(lives: Iterable[Life], start: int = 0) -> tuple[dict[str, int], int]:
-    """Offsets from `start` on at which no two values that live at once overlap, large ones first; and where the last one ends."""
+    """Offsets from `start` on at which no two values that live at once overlap, large ones first; and where the last
+    one ends.
+    """
     placed: list[tuple[int, Life]] = []
     for life in sorted(lives, key=lambda one: (-one.bytes, one.first, one.name)):
         at = start
@@ -94,8 +96,8 @@ def layout(step: AnswerStep) -> Layout:
 
 
 def _overwritten(program: Program, spans: dict[str, list[int]]) -> dict[str, str]:
-    """Whose place an operator's output takes, by its name; `spans`, of each value that has a place the operators that use it, then
-    say of the one how long the other is there.
+    """Whose place an operator's output takes, by its name; `spans`, of each value that has a place the operators that
+    use it, then say of the one how long the other is there.
     """
     values = {value.name: value for value in program.values}
     found: dict[str, str] = {}
@@ -113,8 +115,8 @@ def _overwritten(program: Program, spans: dict[str, list[int]]) -> dict[str, str
 
 @dataclass(frozen=True)
 class DecoderForm:
-    """A decoder as a plan for answers sees it, whose passes take up to `rows` tokens of a prompt at a time: where that is less
-    than a group, so are the tokens of its step.
+    """A decoder as a plan for answers sees it, whose passes take up to `rows` tokens of a prompt at a time: where that
+    is less than a group, so are the tokens of its step.
     """
 
     steps: AnswerSteps
@@ -143,7 +145,9 @@ class DecoderForm:
                 yield layer.bindings[operand_of(call.args[1])["value"]]
 
     def constants(self, entries: Mapping[str, Entry]) -> Places:
-        """What else of the store stays in memory, unpacked: norms, biases, frequencies, and whatever else of the store operators read that are not matrix products."""
+        """What else of the store stays in memory, unpacked: norms, biases, frequencies, and whatever else of the store
+        operators read that are not matrix products.
+        """
         found: Places = {}
         for step in self.steps.steps:
             values = {program.name: {value.name: value for value in program.values} for program in step.programs}

@@ -1,4 +1,6 @@
-"""Plans for answers at a budget: the passes of a prompt, the state of every piece of a matrix, and where each tensor lies."""
+"""Plans for answers at a budget: the passes of a prompt, the state of every piece of a matrix, and where each tensor
+lies.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,8 @@ class GenerationPlan:
 
 
 def plan_answers(problem: Problem, figures: Figures, budget: int, choose: Choose | None = None) -> GenerationPlan:
-    """The plan that answers fastest within `budget` bytes of all processes together. `choose` solves what has to be chosen; by
-    default it is solved here.
+    """The plan that answers fastest within `budget` bytes of all processes together. `choose` solves what has to be
+    chosen; by default it is solved here.
 
     Raises InfeasibleError, with the smallest budget that fits, where none does.
     """
@@ -77,8 +79,9 @@ def plan_answers(problem: Problem, figures: Figures, budget: int, choose: Choose
             else "what a pass needs, the cache and the processes"
         )
         raise InfeasibleError(
-            f"the budget of {format_size(budget)} is too small: {what} take {format_size(least)}; give {spelled('memory')}"
-            f" {-(-least // MIB)}MiB or more, or fewer tokens ({spelled('max_tokens')}, {spelled('context')})",
+            f"the budget of {format_size(budget)} is too small: {what} take {format_size(least)}; give"
+            f" {spelled('memory')} {-(-least // MIB)}MiB or more, or fewer tokens ({spelled('max_tokens')},"
+            f" {spelled('context')})",
             least,
         )
     keys = figures.key_seconds * (problem.prompt_tokens + problem.answer_tokens / 2)
@@ -132,8 +135,8 @@ def laid_out(
     budget: int,
     times: Simulated | None = None,
 ) -> GenerationPlan:
-    """The plan with these states of the pieces: a place for every tensor, and the simulator's figures, or `times` where nothing
-    is measured yet.
+    """The plan with these states of the pieces: a place for every tensor, and the simulator's figures, or `times` where
+    nothing is measured yet.
     """
     at, placed = 0, []
     for piece, state in zip(pieces, states, strict=True):

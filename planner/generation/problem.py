@@ -1,4 +1,6 @@
-"""What a plan for answers decides on: a decoder's matrices in pieces, the measured figures, and what is needed in any case."""
+"""What a plan for answers decides on: a decoder's matrices in pieces, the measured figures, and what is needed in any
+case.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ class Figures:
     """cores that other programs took meanwhile"""
 
     def base(self, context: int) -> int:
-        """Bytes of the process that computes beside its arena, where attention sees so many keys; for more than were measured,
-        those of the most: the buffers that grow with them have a largest size.
+        """Bytes of the process that computes beside its arena, where attention sees so many keys; for more than were
+        measured, those of the most: the buffers that grow with them have a largest size.
         """
         measured = sorted((int(seen), size) for seen, size in self.base_bytes.items())
         return next((size for seen, size in measured if seen >= context), measured[-1][1])
@@ -102,8 +104,8 @@ class RowPiece:
         return {PACKED: self.packed_bytes, UNPACKED: self.unpacked_bytes, STREAMED: 0}[state]
 
     def states(self, figures: Figures) -> tuple[str, ...]:
-        """The states that it may be in: not unpacked where one row of activations is multiplied with packed rows, since answers
-        would have other bits then.
+        """The states that it may be in: not unpacked where one row of activations is multiplied with packed rows, since
+        answers would have other bits then.
         """
         return (PACKED, STREAMED) if self._dot_key in figures.rates else STATES
 
@@ -134,7 +136,9 @@ class Problem:
     prompt_tokens: int
     answer_tokens: int
     new_tokens: int | None = None
-    """of a prompt, those for which a plan is to be fast: in a conversation most of a prompt is in the cache already; None: all"""
+    """of a prompt, those for which a plan is to be fast: in a conversation most of a prompt is in the cache already;
+    None: all
+    """
     sampling: Sampling = field(default_factory=Sampling)
     pairs: Mapping[str, AdapterPair] = field(default_factory=dict)
     """the adapter, by the matrix that a pair is added to"""
@@ -170,7 +174,8 @@ class Problem:
                 in_head=name == self.form.head,
             )
 
-    # --- what is needed in any case ------------------------------------------------------------------------------------
+    # --- what is needed in any case
+    # ------------------------------------------------------------------------------------
 
     def places(self, pass_tokens: int) -> Places:
         """Every tensor beside the matrices, where passes take so many tokens."""

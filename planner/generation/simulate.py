@@ -21,7 +21,9 @@ class Simulated:
     stall_seconds: float
     """of a token's seconds, those spent waiting for the disk"""
     weight_seconds: float
-    """of a token's seconds, those of the products with the weights, unpacking and what reading takes of the cores included"""
+    """of a token's seconds, those of the products with the weights, unpacking and what reading takes of the cores
+    included
+    """
     read_bytes: int
     """per token"""
 

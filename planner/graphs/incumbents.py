@@ -1,4 +1,6 @@
-"""What one call of the planner has found of a graph so far: schedules, where searches start, and how low a peak can be."""
+"""What one call of the planner has found of a graph so far: schedules, where searches start, and how low a peak can
+be.
+"""
 
 from __future__ import annotations
 

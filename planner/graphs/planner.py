@@ -103,8 +103,8 @@ class GraphPlanner:
         """As `tightfit.planner.plan.plan`; `budget_bytes` limits the live bytes, fixed ones included, and `time_limit`
         is in seconds.
 
-        Whatever the time limit, the schedule is written down and replayed, in about 0.1 ms per run. Raises InputError for impossible
-        arguments, and KeyboardInterrupt only where no schedule that fits was found yet.
+        Whatever the time limit, the schedule is written down and replayed, in about 0.1 ms per run. Raises InputError
+        for impossible arguments, and KeyboardInterrupt only where no schedule that fits was found yet.
         """
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()

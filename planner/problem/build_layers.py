@@ -89,8 +89,8 @@ class _Splitter:
         return self.kind(name) not in ALWAYS and self.kind(name) != "weight"
 
     def _moves(self, name: str) -> bool:
-        """Whether a trainable's values may lie on disk between their uses: one layer alone uses it, and its backward reads it, so that it
-        is there for its update.
+        """Whether a trainable's values may lie on disk between their uses: one layer alone uses it, and its backward
+        reads it, so that it is there for its update.
         """
         storage, gradient = self.graph.storages[name], self.graph.storages.get(f"grad:{name}")
         if storage.kind != "trainable" or gradient is None or not gradient.producers:
@@ -182,7 +182,9 @@ class _Splitter:
                 self.last_window[gradient] = window
 
     def _updated(self) -> dict[str, int]:
-        """Trainable -> the backward window in which it is updated: the last one that reads it, or makes or reads its gradient."""
+        """Trainable -> the backward window in which it is updated: the last one that reads it, or makes or reads its
+        gradient.
+        """
         result = {}
         for name, storage in self.graph.storages.items():
             gradient = self.graph.storages.get(f"grad:{name}")
@@ -190,7 +192,8 @@ class _Splitter:
                 continue
             if gradient is None or not gradient.producers:
                 raise InputError(
-                    f"trainable {name} has no gradient: no operator makes 'grad:{name}'; mark it constant or trace it again"
+                    f"trainable {name} has no gradient: no operator makes 'grad:{name}'; mark it constant or trace it"
+                    " again"
                 )
             layers = {self.graph.steps[i].layer for i in (*gradient.producers, *gradient.consumers, *storage.consumers)}
             result[name] = 2 * self.count - 1 - min(layers)
@@ -328,7 +331,9 @@ class _Splitter:
         )
 
     def _tiles(self, layer: int) -> tuple[int, int]:
-        """(tiles of a layer, forward operators of each); one tile where operators were added between them, as for a fleet."""
+        """(tiles of a layer, forward operators of each); one tile where operators were added between them, as for a
+        fleet.
+        """
         targets = [step.target for step in self.steps[layer]["forward"]]
         tiles, length = self.tiles[self.profile.layers[layer].program]
         equal = tiles > 1 and targets[: tiles * length] == targets[:length] * tiles
@@ -358,8 +363,8 @@ class _Splitter:
             for value in [*op.inputs, *op.weights]:
                 if value not in available and (value in op.weights or self.lives(self.graph.names[layer][value])):
                     raise InputError(
-                        f"layer {self.graph.layers[layer]}: its operators for inference read {value}, which neither enters"
-                        " the layer nor is made before by them; trace the model again"
+                        f"layer {self.graph.layers[layer]}: its operators for inference read {value}, which neither"
+                        " enters the layer nor is made before by them; trace the model again"
                     )
             available.update(op.outputs)
 
@@ -440,8 +445,9 @@ class _Splitter:
         return result
 
     def _alike_weights(self, layer: int, weights: Mapping[str, LayerWeight]) -> dict[str, str]:
-        """Slice of a matrix -> the first slice of the same matrix of equal size and use, and small trainable -> the first one of equal use.
-        Slices of the head, which no other layer is like, and of what is trained in full are decided on one by one.
+        """Slice of a matrix -> the first slice of the same matrix of equal size and use, and small trainable -> the
+        first one of equal use. Slices of the head, which no other layer is like, and of what is trained in full are
+        decided on one by one.
         """
         alike: dict[str, str] = {}
         first: dict[tuple[Any, ...], str] = {}
@@ -470,8 +476,8 @@ class _Splitter:
     def _moving_weight(
         self, size: int, *, ahead: bool, behind: list[int], recomputing: tuple[int, ...], updated_after: int
     ) -> LayerWeight:
-        """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`. They stay until it
-        is updated, after the one at `updated_after`, but where updates are apart.
+        """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`.
+        They stay until it is updated, after the one at `updated_after`, but where updates are apart.
         """
         read = self.profile.device.read
         return LayerWeight(
@@ -490,8 +496,8 @@ class _Splitter:
         )
 
     def _updated_after(self, layer: int, name: str, events: dict[int, tuple[int, ...]]) -> int:
-        """The position of the backward operation after which a trainable is updated: its last possible reader, or the last that makes or
-        reads its gradient.
+        """The position of the backward operation after which a trainable is updated: its last possible reader, or the
+        last that makes or reads its gradient.
         """
         gradient = f"grad:{name}"
         after = 0
@@ -533,8 +539,8 @@ class _Splitter:
 
 
 def _offloadable(forward: Sequence[LayerOperator], sizes: dict[str, int], least: float) -> frozenset[str]:
-    """The candidates with at least so many bytes, and what their operators make besides: one of these that stays off the disk, and is not
-    kept, has the operator run again.
+    """The candidates with at least so many bytes, and what their operators make besides: one of these that stays off
+    the disk, and is not kept, has the operator run again.
     """
     large = {value for value, size in sizes.items() if size >= least}
     together = {value for op in forward if large.intersection(op.outputs) for value in op.outputs}
@@ -542,8 +548,8 @@ def _offloadable(forward: Sequence[LayerOperator], sizes: dict[str, int], least:
 
 
 def _alike(forward: Sequence[LayerOperator], length: int, sizes: dict[str, int]) -> dict[str, str]:
-    """Candidate, of those in `sizes`, of a later tile -> the candidate of the first tile that it equals. A tile has `length` of the
-    operators `forward`.
+    """Candidate, of those in `sizes`, of a later tile -> the candidate of the first tile that it equals. A tile has
+    `length` of the operators `forward`.
     """
     alike: dict[str, str] = {}
     for number, op in enumerate(forward[length:]):
@@ -592,13 +598,17 @@ def _events(
 
 
 MINOR_PART = 1 / 4
-"""of what a layer trains: trainables that are a smaller part of it share their decisions, that for values and that for states"""
+"""of what a layer trains: trainables that are a smaller part of it share their decisions, that for values and that for
+states
+"""
 MOVING = (
     WeightMode("disk", "disk", "unpacked"),
     WeightMode("unpacked", "disk", "unpacked"),
     WeightMode("unpacked", "unpacked", "unpacked"),
 )
-"""modes of a trainable. None keeps it between steps and drops it before the backward: it would be written in every step"""
+"""modes of a trainable. None keeps it between steps and drops it before the backward: it would be written in every
+step
+"""
 SHARED = (WeightMode("disk", "disk", "disk"),)
 UNIFORM = tuple(WeightMode(where, where, where) for where in ("disk", "packed", "unpacked"))
 FREE = (
@@ -620,8 +630,8 @@ FREE = (
 
 
 def held_modes(gaps: Iterable[WeightMode]) -> tuple[WeightMode, ...]:
-    """The modes of a weight that each window uses several times: it is unpacked anew at each use, or stays as it is, packed or unpacked,
-    until the last one. Its places in the gaps are those of the modes `gaps`.
+    """The modes of a weight that each window uses several times: it is unpacked anew at each use, or stays as it is,
+    packed or unpacked, until the last one. Its places in the gaps are those of the modes `gaps`.
     """
     order = {"disk": 0, "packed": 1, "unpacked": 2}
     found = dict.fromkeys((mode.backward_gap, mode.step_gap) for mode in gaps)

@@ -18,18 +18,25 @@ from tightfit.runtime.engine.training.job import passes_messages
 UPDATE_PASSES, SUM_PASSES, COPY_PASSES, NORM_PASSES, SCALE_PASSES = 7, 3, 2, 2, 2
 """how often each goes over a tensor: an update by AdamW; adding to, copying into, squaring and scaling down a sum"""
 STATELESS_PASSES = 3
-"""passes of an update without states, which reads gradient and parameter and writes the parameter; each state adds two"""
+"""passes of an update without states, which reads gradient and parameter and writes the parameter; each state adds
+two
+"""
 ADAFACTOR_PASSES = 24
-"""the time of an update by Adafactor in passes, where it was not measured: it goes over gradient and parameter in small windows"""
+"""the time of an update by Adafactor in passes, where it was not measured: it goes over gradient and parameter in small
+windows
+"""
 
 CLIPPING_BYTES = 256 << 10
-"""what a process that clips holds beyond one that does not: the code of adding and squaring, and room for the squares"""
+"""what a process that clips holds beyond one that does not: the code of adding and squaring, and room for the
+squares
+"""
 
 
 def clipped(profile: Profile, max_grad_norm: float) -> Profile:
     """The profile of the same step with gradients clipped to the norm `max_grad_norm` of all of them together.
 
-    Raises InputError for a number that is not above 0, and for a profile whose gradients are not all known in one process.
+    Raises InputError for a number that is not above 0, and for a profile whose gradients are not all known in one
+    process.
     """
     PlanOptions(max_grad_norm=max_grad_norm)  # raises InputError for a number that is no norm
     reason = None
@@ -51,14 +58,14 @@ def refuse_clipping(profile: Profile, policy: str) -> None:
     """Raises InputError where `profile` clips gradients, and the rule `policy` never knows all of them."""
     if profile.max_grad_norm is not None:
         raise InputError(
-            f"{spelled('max_grad_norm')} {profile.max_grad_norm:g} needs the gradients of all that is trained, which {policy} never has; leave"
-            " it out, or choose another policy"
+            f"{spelled('max_grad_norm')} {profile.max_grad_norm:g} needs the gradients of all that is trained, which"
+            f" {policy} never has; leave it out, or choose another policy"
         )
 
 
 def accumulate_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
-    """Seconds to add a trainable's gradient to its sum, where gradients are clipped: the mean over the steps of an update,
-    of which the last also squares the sum.
+    """Seconds to add a trainable's gradient to its sum, where gradients are clipped: the mean over the steps of an
+    update, of which the last also squares the sum.
 
     Where it was not measured, by the bytes that it touches.
     """
@@ -82,8 +89,8 @@ def update_passes(optimizer: Mapping[str, Any]) -> int:
 
 
 def _pass_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
-    """Seconds of one pass over a trainable's bytes, by the seconds per step of its update in the backward; where several
-    steps make one, each adds to the sum, and the last divides it by their number and zeroes it.
+    """Seconds of one pass over a trainable's bytes, by the seconds per step of its update in the backward; where
+    several steps make one, each adds to the sum, and the last divides it by their number and zeroes it.
     """
     steps, passes = int(optimizer.get("accumulate", 1)), update_passes(optimizer)
     return tensor.update_seconds / (passes if steps == 1 else SUM_PASSES + (passes + 3) / steps)

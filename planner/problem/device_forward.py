@@ -1,10 +1,10 @@
-"""The step of a device whose side network is trained elsewhere (MobiLLM, arXiv 2502.20421): the forward of the frozen model
-up to its last block, of which the labels and the outputs of chosen blocks are sent to a server.
+"""The step of a device whose side network is trained elsewhere (MobiLLM, arXiv 2502.20421): the forward of the frozen
+model up to its last block, of which the labels and the outputs of chosen blocks are sent to a server.
 
 It is described by a profile of its own: no tensor is trained, no adapter is part of the model, no operator belongs to a
-backward, and the final norm and the head, which the server has, are left out. The message of a micro-batch begins with its
-labels. After each chosen block stands a layer with one operator `tightfit.send`, which rounds the output into the message,
-so that the output itself need not stay; the last of them sends the message off.
+backward, and the final norm and the head, which the server has, are left out. The message of a micro-batch begins with
+its labels. After each chosen block stands a layer with one operator `tightfit.send`, which rounds the output into the
+message, so that the output itself need not stay; the last of them sends the message off.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ BLOCK = re.compile(r"model\.layers\.(\d+)")
 PAIRS_ALONE = ("tightfit.lora_down", "tightfit.dora_norm", "tightfit.dora_scale")
 """operators that a projection without a pair does not need"""
 CALL_SECONDS, BYTES_PER_SECOND = 20e-6, 1e9
-"""how long a call of an operator that sends takes, and how fast it rounds (two cores: 2 to 5 GB/s at 8 bits, 1 GB/s at 4)"""
+"""how long a call of an operator that sends takes, and how fast it rounds (two cores: 2 to 5 GB/s at 8 bits, 1 GB/s at
+4)
+"""
 
 
 def device_forward(
     profile: Profile, blocks: Sequence[int] | None = None, bits: int = DEFAULT_BITS, *, micro_batches: int = 1
 ) -> Profile:
     """The profile of the device's step. `blocks`: indices of the blocks whose outputs are sent, by default those of
-    `chosen_blocks`; `bits`: 8 or 4 to round each row of a message, 0 to send it as it is; `micro_batches`: how many a step has.
+    `chosen_blocks`; `bits`: 8 or 4 to round each row of a message, 0 to send it as it is; `micro_batches`: how many a
+    step has.
 
-    Its floor is that of a process without a backward, and has room for the connections and for two messages. Raises InputError for a
-    model that is no decoder, for blocks that the model lacks, and for other bits.
+    Its floor is that of a process without a backward, and has room for the connections and for two messages. Raises
+    InputError for a model that is no decoder, for blocks that the model lacks, and for other bits.
     """
     check_side(profile)
     if bits not in BITS:
@@ -129,8 +132,8 @@ def check_side(profile: Profile) -> None:
     dropout = (profile.model.lora or {}).get("lora_dropout")
     if dropout:
         raise InputError(
-            f"{MOBILLM} trains a side network and no LoRA pairs, so that {spelled('lora_dropout')} {dropout:g} would do nothing; profile"
-            " without it, or choose another policy"
+            f"{MOBILLM} trains a side network and no LoRA pairs, so that {spelled('lora_dropout')} {dropout:g} would do"
+            " nothing; profile without it, or choose another policy"
         )
 
 
@@ -205,8 +208,8 @@ def _sender(
 
 
 def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Program:
-    """The program with its projections alone, without the LoRA pairs beside them. What DoRA makes of a projection's product
-    is the product, with the projection's bias.
+    """The program with its projections alone, without the LoRA pairs beside them. What DoRA makes of a projection's
+    product is the product, with the projection's bias.
 
     Seconds and FLOPs of a projection are reduced in proportion. Raises InputError where another operator reads what is
     trained.
@@ -235,8 +238,8 @@ def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Progr
         if operator.target != "tightfit.projection":
             if reads:
                 raise InputError(
-                    f"layer {layer.name}: {operator.target} reads {', '.join(sorted(reads))}, which is trained, so that the"
-                    " forward cannot do without; choose another policy"
+                    f"layer {layer.name}: {operator.target} reads {', '.join(sorted(reads))}, which is trained, so that"
+                    " the forward cannot do without; choose another policy"
                 )
             operators.append(operator)
             continue

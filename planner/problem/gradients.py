@@ -103,8 +103,8 @@ def lcsb_cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialSte
     bound = {layer.name: (program, layer.bindings) for layer, program in _bound_programs(profile)}
     if len(blocks) < 2:
         raise InputError(
-            f"lcsb leaves out the backward of some of several trained layers, {profile.model.name} has"
-            f" {len(blocks)} that {'takes' if len(blocks) == 1 else 'take'} a gradient from above; choose another policy"
+            f"lcsb leaves out the backward of some of several trained layers, {profile.model.name} has {len(blocks)}"
+            f" that {'takes' if len(blocks) == 1 else 'take'} a gradient from above; choose another policy"
         )
     for name in blocks:
         if name not in passages:
@@ -114,8 +114,8 @@ def lcsb_cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialSte
             )
         if passages[name][1] and not _has_residual(*bound[name], *passages[name]):
             raise InputError(
-                f"lcsb passes gradients through the residual around a layer, and layer {name} has none: no sum takes the"
-                " gradient of its output over into that of its input; choose another policy"
+                f"lcsb passes gradients through the residual around a layer, and layer {name} has none: no sum takes"
+                " the gradient of its output over into that of its input; choose another policy"
             )
     count = min(positions, len(blocks))
     cuts = [position * len(blocks) // count for position in range(count + 1)]
@@ -126,8 +126,8 @@ def refuse_accumulation(profile: Profile, policy: str) -> None:
     """Raises InputError where `profile` accumulates the gradients of several steps for one update."""
     if profile.accumulate > 1:
         raise InputError(
-            f"{policy} moves trained tensors after every step, and this profile sums the gradients of {profile.accumulate};"
-            f" profile without {spelled('accumulate')}, or choose another policy"
+            f"{policy} moves trained tensors after every step, and this profile sums the gradients of"
+            f" {profile.accumulate}; profile without {spelled('accumulate')}, or choose another policy"
         )
 
 
@@ -135,8 +135,8 @@ def refuse_tables(profile: Profile, trainer: str) -> None:
     """Raises InputError where `profile` trains modules in full, which `trainer` cannot."""
     if profile.model.tables:
         raise InputError(
-            f"{trainer} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full as well; profile"
-            f" without {spelled('modules_to_save')}, or choose another way to train"
+            f"{trainer} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full"
+            f" as well; profile without {spelled('modules_to_save')}, or choose another way to train"
         )
 
 
@@ -144,7 +144,8 @@ def refuse_preference(profile: Profile, trainer: str) -> None:
     """Raises InputError where `profile` learns from pairs of answers, which `trainer` cannot."""
     if preference := profile.model.preference:
         raise InputError(
-            f"{trainer} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile without {spelled('loss')}"
+            f"{trainer} predicts tokens, and this profile learns from pairs of answers ({preference.loss}); profile"
+            f" without {spelled('loss')}"
         )
 
 
@@ -152,8 +153,9 @@ def refuse_statistics(profile: Profile, trainer: str) -> None:
     """Raises InputError where a step of `profile` changes running statistics, which `trainer` cannot."""
     if kept := kept_buffers(profile.layers, profile.programs):
         raise InputError(
-            f"{trainer} does not keep running statistics, and {profile.model.name} has some ({kept[0]}{', ...' if len(kept) > 1 else ''});"
-            " use GroupNorm or LayerNorm in the model, or choose another way to train"
+            f"{trainer} does not keep running statistics, and {profile.model.name} has some"
+            f" ({kept[0]}{', ...' if len(kept) > 1 else ''}); use GroupNorm or LayerNorm in the model, or choose"
+            " another way to train"
         )
 
 
@@ -337,8 +339,8 @@ def resting(profile: Profile, layers: Collection[str]) -> set[str]:
         outside = [layer for layer in layer_names if layer not in layers]
         if outside and len(outside) < len(layer_names):
             raise InputError(
-                f"{name} is trained by {_listed(layer_names)} together, and the backward of some of them cannot be left out"
-                " alone; choose another policy"
+                f"{name} is trained by {_listed(layer_names)} together, and the backward of some of them cannot be left"
+                " out alone; choose another policy"
             )
     return {name for name, layer_names in users.items() if not set(layer_names) - set(layers)}
 

@@ -34,8 +34,8 @@ class LayerOperator:
 class LayerWeight:
     """A frozen weight of the layer, or a trainable whose values may lie on disk: sizes in bytes, and its uses.
 
-    A trainable has no packed form: it is fetched where a weight is read and unpacked. Its update follows its last use in the
-    backward window, and where it is on disk then, it is written before it is freed.
+    A trainable has no packed form: it is fetched where a weight is read and unpacked. Its update follows its last use
+    in the backward window, and where it is on disk then, it is written before it is freed.
     """
 
     bytes: int
@@ -59,8 +59,8 @@ class LayerWeight:
     """
     trained: bool = False
     repeated: bool = False
-    """whether each window uses it several times, once for each tile: `WeightMode.hold` is where it is between these uses, in the forward
-    window as in the backward window
+    """whether each window uses it several times, once for each tile: `WeightMode.hold` is where it is between these
+    uses, in the forward window as in the backward window
     """
 
     @property
@@ -78,8 +78,8 @@ class WeightMode:
     step_gap: str
     """where it is from its last use in the step to its first in the next step"""
     hold: str
-    """where it is inside the backward window, from a recomputation that reads it to its use by a backward operator; of a weight that is
-    `repeated`, inside both windows from its first use there to its last
+    """where it is inside the backward window, from a recomputation that reads it to its use by a backward operator; of
+    a weight that is `repeated`, inside both windows from its first use there to its last
     """
 
 
@@ -147,20 +147,21 @@ class LayerType:
     read: Channel
     write: Channel
     apart: int = 0
-    """steps after which a schedule of its own updates all trainables, from the sums of their gradients, which are the last of
-    their states; 0: each is updated in the backward window
+    """steps after which a schedule of its own updates all trainables, from the sums of their gradients, which are the
+    last of their states; 0: each is updated in the backward window
     """
     tiles: int = 1
     """equal runs of forward operators, one for each part of the batch"""
     tile_length: int = 0
     """forward operators of one tile; those after the last tile put together what the tiles have made"""
     alike: dict[str, str] = field(default_factory=dict)
-    """candidate of a later tile -> that of the first tile which it equals; slice of a matrix, or of those of the experts of a mixture,
-    -> the first slice of equal size; small trainable -> the first small one of equal use: a decision is the same for both
+    """candidate of a later tile -> that of the first tile which it equals; slice of a matrix, or of those of the
+    experts of a mixture, -> the first slice of equal size; small trainable -> the first small one of equal use: a
+    decision is the same for both
     """
     across_evaluate: int = 0
-    """where updates are apart: bytes of fixed lifetime that live throughout the window of an evaluation untouched, and not
-    during the updates
+    """where updates are apart: bytes of fixed lifetime that live throughout the window of an evaluation untouched, and
+    not during the updates
     """
 
     @cached_property
@@ -184,7 +185,9 @@ class LayerType:
 
     @cached_property
     def backward_tiles(self) -> tuple[int, ...]:
-        """The tile of each backward operation: that of the forward operators whose outputs it reads, or else of the operation before it."""
+        """The tile of each backward operation: that of the forward operators whose outputs it reads, or else of the
+        operation before it.
+        """
         tiles: list[int] = []
         for op in self.backward:
             makers = [self.position[self.producer[value].index] for value in op.inputs if value in self.producer]
@@ -196,19 +199,21 @@ class LayerType:
         return min(position // self.tile_length, self.tiles - 1)
 
     def in_first_tile(self, position: int) -> int:
-        """The forward operation of the first tile that does the same; what follows the last tile does nothing of the kind."""
+        """The forward operation of the first tile that does the same; what follows the last tile does nothing of the
+        kind.
+        """
         return position % self.tile_length if position < self.tiles * self.tile_length else position
 
     def at_an_end(self, tile: int) -> bool:
-        """Whether the tile is among the first or last to be computed. What waits for other tiles grows or shrinks from tile to tile, so
-        that the most bytes are held in one of these.
+        """Whether the tile is among the first or last to be computed. What waits for other tiles grows or shrinks from
+        tile to tile, so that the most bytes are held in one of these.
         """
         return tile in {0, self.tiles - 2, self.tiles - 1}
 
     @cached_property
     def counted(self) -> dict[str, int]:
-        """The candidates whose bytes are looked at where a tile `at_an_end` is computed, and how many others each stands for, itself
-        included: of the tiles between these all are there or none.
+        """The candidates whose bytes are looked at where a tile `at_an_end` is computed, and how many others each
+        stands for, itself included: of the tiles between these all are there or none.
         """
         position = {value: number for number, op in enumerate(self.forward) for value in (*op.outputs, *op.inputs)}
         position |= {value: number for number, op in enumerate(self.forward) for value in op.outputs}

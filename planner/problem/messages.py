@@ -23,8 +23,8 @@ def message_operator(
     direction: Direction = "up",
     outputs: Sequence[str] = (),
 ) -> Operator:
-    """The operator (`SEND` or `RECEIVE`) that puts a value into the message in a direction as tensor `number` of it, or takes it
-    from there, where its numbers have so many bits; one that sends may have `outputs` that mean nothing.
+    """The operator (`SEND` or `RECEIVE`) that puts a value into the message in a direction as tensor `number` of it, or
+    takes it from there, where its numbers have so many bits; one that sends may have `outputs` that mean nothing.
     """
     sends = target == SEND
     operand = {"operand": {"value": value.name, "size": value.shape, "stride": value.stride, "offset": 0}}

@@ -1,4 +1,6 @@
-"""Optimizers other than AdamW: the profile of a step with one of them, which has other states and other seconds of updates."""
+"""Optimizers other than AdamW: the profile of a step with one of them, which has other states and other seconds of
+updates.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from tightfit.runtime.engine.training.job import passes_messages
 
 DEFAULT = "adamw"
 ADAFACTOR_BYTES = 2560 << 10
-"""what a process that updates by Adafactor holds beyond one that does by AdamW: its operators' code, room for a window. With it
-the predicted peak of `tests/helpers/mixed_parameters.py` is as far above the measured one as with AdamW.
+"""what a process that updates by Adafactor holds beyond one that does by AdamW: its operators' code, room for a window.
+With it the predicted peak of `tests/helpers/mixed_parameters.py` is as far above the measured one as with AdamW.
 """
 
 
@@ -23,8 +25,8 @@ def chosen(
     profile: Profile, optimizer: str | None, max_grad_norm: float | None, learned: LearnedFigures | None = None
 ) -> Profile:
     """The profile of the same step with the optimizer of this name, and with gradients clipped to this norm; None: with
-    AdamW, and not clipped. Its figures are corrected by what was learned, by default what rehearsals of this profile have taught on
-    this machine. Raises InputError for a name or a norm that is none, or that the profile cannot have.
+    AdamW, and not clipped. Its figures are corrected by what was learned, by default what rehearsals of this profile
+    have taught on this machine. Raises InputError for a name or a norm that is none, or that the profile cannot have.
     """
     adjusted = profile if optimizer is None else with_optimizer(profile, optimizer)
     adjusted = adjusted if max_grad_norm is None else clipped(adjusted, max_grad_norm)
@@ -34,8 +36,8 @@ def chosen(
 
 
 def with_optimizer(profile: Profile, name: str) -> Profile:
-    """The profile of the same step with another optimizer. Adafactor's updates are measured in a profile; the seconds of others
-    are AdamW's, scaled by the bytes that they touch.
+    """The profile of the same step with another optimizer. Adafactor's updates are measured in a profile; the seconds
+    of others are AdamW's, scaled by the bytes that they touch.
 
     Raises InputError for a name that is no optimizer's, or one that the profile cannot have.
     """
@@ -49,8 +51,8 @@ def with_optimizer(profile: Profile, name: str) -> Profile:
         raise InputError(f"{spelled('optimizer')} {name}: {reason}; leave it out")
     if name == "adafactor" and (tables := profile.model.tables):
         raise InputError(
-            f"{spelled('optimizer')} {name}: {' and '.join(tables)} is trained in slices, and its step needs means over the whole of it; choose"
-            f" another optimizer, or profile without {spelled('modules_to_save')}"
+            f"{spelled('optimizer')} {name}: {' and '.join(tables)} is trained in slices, and its step needs means over"
+            f" the whole of it; choose another optimizer, or profile without {spelled('modules_to_save')}"
         )
     steps = profile.accumulate
     states = len(OPTIMIZER_STATES[name]) + (steps > 1)

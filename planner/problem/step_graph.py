@@ -20,10 +20,12 @@ from tightfit.runtime.engine.kernels.optimizer import FACTORED, state_shape
 ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
 PACKED_ALIGNMENT = 4096
-"""offsets of packed weights, which are read with O_DIRECT, and of other tensors that are to lie on pages are multiples of this"""
+"""offsets of packed weights, which are read with O_DIRECT, and of other tensors that are to lie on pages are multiples
+of this
+"""
 STATES = (*dict.fromkeys(state for states in OPTIMIZER_STATES.values() for state in states), "grad_sum")
-"""optimizer states of a trainable ``p`` are called ``adam_m:p`` and the like after its optimizer's own and, where an update
-takes several steps or gradients are clipped, ``grad_sum:p``
+"""optimizer states of a trainable ``p`` are called ``adam_m:p`` and the like after its optimizer's own and, where an
+update takes several steps or gradients are clipped, ``grad_sum:p``
 """
 FLOAT_BYTES = 4
 """size of an element of a state"""
@@ -108,8 +110,8 @@ def step_graph(source: Profile | Plan) -> StepGraph:
                 for value in [*operator.inputs, *filter(None, operator.outputs)]:
                     if value not in local:
                         raise InputError(
-                            f"program {layer.program}, operator {position} ({operator.target}) names the value {value!r},"
-                            " which the program does not declare; add it to `values`"
+                            f"program {layer.program}, operator {position} ({operator.target}) names the value"
+                            f" {value!r}, which the program does not declare; add it to `values`"
                         )
                 steps.append(
                     StepOperator(

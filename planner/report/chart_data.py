@@ -1,5 +1,5 @@
-"""What all pages share: scripts and styles (``charts.js``, ``components.js``, ``timeline.js``, ``charts.css``, ``style.css``), and the
-data that the charts draw.
+"""What all pages share: scripts and styles (``charts.js``, ``components.js``, ``timeline.js``, ``charts.css``,
+``style.css``), and the data that the charts draw.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def curve_of(plans: Sequence[Plan], policies: Sequence[str]) -> list[dict[str, A
 
 
 def series_of(plan: Plan, slices: Sequence[TimelineSlice]) -> dict[str, Any]:
-    """What the timeline of a feasible plan draws: bytes of each kind in its `slices`, and which slice has the most in use."""
+    """What the timeline of a feasible plan draws: bytes of each kind in its `slices`, and which slice has the most in
+    use.
+    """
     assert plan.train is not None
     kinds = kinds_of((slice_.point for slice_ in slices), plan.device.kind)
     used_bytes = [in_use(slice_.point) for slice_ in slices]

@@ -58,9 +58,9 @@ def compare(
     A fixed rule's gap is to the solver's bound at the same budget. A larger budget never gets a slower plan: where the
     search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total),
     `solving` as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the
-    end). Ctrl-C ends the comparison with the plans made so far; where there are none, KeyboardInterrupt is raised. Raises
-    InputError for unknown policies, budgets and time limits that are none, unknown devices, two devices of one name, or
-    a profile that cannot change device.
+    end). Ctrl-C ends the comparison with the plans made so far; where there are none, KeyboardInterrupt is raised.
+    Raises InputError for unknown policies, budgets and time limits that are none, unknown devices, two devices of one
+    name, or a profile that cannot change device.
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")

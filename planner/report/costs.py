@@ -131,8 +131,9 @@ class CostLedger:
         return costs
 
     def other_ways(self, name: str) -> tuple[float | None, float | None]:
-        """What a tensor would cost that does not stay in memory: seconds of making it once more, and seconds of the channel
-        for moving it there and back; of a weight, of unpacking it once, and of reading it once. None where that cannot be.
+        """What a tensor would cost that does not stay in memory: seconds of making it once more, and seconds of the
+        channel for moving it there and back; of a weight, of unpacking it once, and of reading it once. None where that
+        cannot be.
         """
         tensor, device = self.index.tensors[name], self.plan.device
         if tensor.kind == "weight":

@@ -35,8 +35,8 @@ LEAST_SHARE = 5e-4
 
 
 def explain(plan: Plan, explanation: Explanation | None = None, *, commands: bool = True) -> list[str]:
-    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells; `commands`: whether they name
-    commands and options that tell more.
+    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells; `commands`:
+    whether they name commands and options that tell more.
 
     Names of tensors and operators come from the user: control characters in them are escaped for the terminal.
     """
@@ -45,7 +45,9 @@ def explain(plan: Plan, explanation: Explanation | None = None, *, commands: boo
 
 
 def verdict(plan: Plan) -> list[str]:
-    """The sentences with which `explain` begins: what to doubt, the step's time and peak, and what is proven of them."""
+    """The sentences with which `explain` begins: what to doubt, the step's time and peak, and what is proven of
+    them.
+    """
     return [printable(sentence) for sentence in (*caution(plan.device), *_verdict(plan, commands=True))]
 
 
@@ -77,7 +79,9 @@ def _verdict(plan: Plan, commands: bool) -> list[str]:
 
 
 def _rehearsal(plan: Plan) -> list[str]:
-    """What carrying the plan out has shown, or that it was not; nothing of a bare graph, which cannot be carried out."""
+    """What carrying the plan out has shown, or that it was not; nothing of a bare graph, which cannot be carried
+    out.
+    """
     if plan.model.is_bare_graph:
         return []
     if plan.rehearsal is not None:
@@ -168,7 +172,10 @@ def _clipping(plan: Plan, clipping: Clipping | None) -> list[str]:
     shared = f", shared by {plan.accumulate} steps" if plan.accumulate > 1 else ""
     sums = f"their sums take {format_size(clipping.sum_bytes)}{where}"
     adding = f"adding to them takes {format_seconds(clipping.adding_seconds)} of a step"
-    update = f"the update of all that is trained, once the last gradient is known, {format_seconds(clipping.update_seconds)}{shared}"
+    update = (
+        "the update of all that is trained, once the last gradient is known,"
+        f" {format_seconds(clipping.update_seconds)}{shared}"
+    )
     unclipped = f"updates right after each gradient take {format_seconds(clipping.unclipped_seconds)}"
     return [
         f"gradients are clipped to a norm of {clipping.max_grad_norm:g}: {sums}; {adding} and {update}; {unclipped}"
@@ -180,10 +187,11 @@ def _served(plan: Plan, commands: bool) -> str:
     passing, bits = sent_tensors(plan)
     rounded = f", {bits} bits for a number," if bits else ""
     return (
-        f"a forward of the frozen model and no backward: the outputs of {len(passing) - 1} of its blocks go to a server"
-        f"{rounded} in a message of {format_size(message_bytes(plan))} per step, labels included, for which its time has no room; the result is"
-        " a side network that the server trains, and no adapter"
-    ) + (f": plan and run both with `tightfit fleet plan --kind {MOBILLM}`" if commands else "")
+        f"a forward of the frozen model and no backward: the outputs of {len(passing) - 1} of its blocks go to a"
+        f" server{rounded} in a message of {format_size(message_bytes(plan))} per step, labels included, for which its"
+        " time has no room; the result is a side network that the server trains, and no adapter"
+        + (f": plan and run both with `tightfit fleet plan --kind {MOBILLM}`" if commands else "")
+    )
 
 
 def _comparison(plan: Plan) -> list[str]:
@@ -223,7 +231,10 @@ def _proof(plan: Plan) -> str:
     if plan.policy in {"solver", MOBILLM}:
         kind = nearness(plan)
     else:
-        kind = f"a fixed rule ({plan.policy}), no search: at most {percent_within(plan.gap)} slower than the best plan of its kind"
+        kind = (
+            f"a fixed rule ({plan.policy}), no search: at most {percent_within(plan.gap)} slower than the best plan of"
+            " its kind"
+        )
     return f"{kind}; at most {percent_within(plan.any_schedule_gap)} slower than any schedule at this budget{caveat}"
 
 
@@ -311,19 +322,20 @@ def _recomputation(plan: Plan, recomputation: Recomputation | None) -> list[str]
     for layer in plan.layers:
         example.setdefault(layer.program, layer.name)
     dearest = ", ".join(
-        f"{group.operator} {format_seconds(group.seconds)} ({group.runs} {'run' if group.runs == 1 else 'runs'} in {_layers(group.layers, example[group.program])})"
+        f"{group.operator} {format_seconds(group.seconds)} ({group.runs} {'run' if group.runs == 1 else 'runs'} in"
+        f" {_layers(group.layers, example[group.program])})"
         for group in recomputation.operators[:3]
     )
     text = (
-        f"making {_made(recomputation)} again costs {format_seconds(recomputation.seconds)}, {recomputation.share:.1%} of the step;"
-        f" dearest: {dearest}"
+        f"making {_made(recomputation)} again costs {format_seconds(recomputation.seconds)}, {recomputation.share:.1%}"
+        f" of the step; dearest: {dearest}"
     )
     if not recomputation.layers_twice:
         return [text]
     inputs = recomputation.layer_inputs
     twice = (
-        f"{recomputation.layers_twice} layers go forward twice, in runs, the second time just before their backward: {inputs} layer"
-        f" {'input is' if inputs == 1 else 'inputs are'} made again instead of kept or moved"
+        f"{recomputation.layers_twice} layers go forward twice, in runs, the second time just before their backward:"
+        f" {inputs} layer {'input is' if inputs == 1 else 'inputs are'} made again instead of kept or moved"
     )
     return [text, twice]
 
@@ -357,12 +369,17 @@ def _busy(plan: Plan, explanation: Explanation) -> list[str]:
     unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
     unpacking = "" if plan.model.is_bare_graph else unpacking
     return [
-        f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(explanation.waiting_seconds)} wait for transfers"
+        (
+            f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(explanation.waiting_seconds)} wait for"
+            " transfers"
+        )
     ]
 
 
 def _operators(uses: Sequence[OperatorUse]) -> list[str]:
-    """Where the cores' time goes, by kind of operator, as far as it is worth a word; nothing where no operator counts FLOPs."""
+    """Where the cores' time goes, by kind of operator, as far as it is worth a word; nothing where no operator counts
+    FLOPs.
+    """
     if not any(use.flops for use in uses):
         return []
     parts = []
@@ -394,7 +411,8 @@ def _worth(plan: Plan, neighbours: list[MarginalValue], commands: bool) -> list[
         else:
             planned = _difference(neighbour.step_seconds - plan.step_seconds, plan)
             sentences.append(
-                f"{change}: {format_seconds(neighbour.step_seconds)} per step, {planned}, as planning again shows (by the model's prices: {priced})"
+                f"{change}: {format_seconds(neighbour.step_seconds)} per step, {planned}, as planning again shows (by"
+                f" the model's prices: {priced})"
             )
     return sentences
 

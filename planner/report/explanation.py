@@ -49,7 +49,9 @@ class PeakAccount(FrozenRecord):
     floor_bytes: int = Field(description="Python and PyTorch; on a card its context")
     start_bytes: int = Field(
         0,
-        description="by how much importing Python and PyTorch passes all that follows; 0: something later sets the peak",
+        description=(
+            "by how much importing Python and PyTorch passes all that follows; 0: something later sets the peak"
+        ),
     )
     schedule_bytes: int = Field(description="the plan's instructions in memory")
     tensor_bytes: int = Field(description="the arena: tensors resident at once, and gaps between them")
@@ -105,7 +107,10 @@ class MarginalValue(FrozenRecord):
         description="proven by the model: no plan of the class is faster there; None: the model finds no plan there"
     )
     price_seconds: float | None = Field(
-        description="what the change costs (above 0) or saves (below) per step by the model's prices: the bound there less the bound here"
+        description=(
+            "what the change costs (above 0) or saves (below) per step by the model's prices: the bound there less the"
+            " bound here"
+        )
     )
     step_seconds: float | None = Field(
         None, description="of the plan made there; None: not planned again, or infeasible"
@@ -146,7 +151,9 @@ class Clipping(FrozenRecord):
     write_bytes: int
     seconds: float = Field(description="per step, of both: the update's are shared by the steps that make one")
     unclipped_seconds: float = Field(
-        description="per step: what updates take that follow right on their gradients in the backward, without transfers"
+        description=(
+            "per step: what updates take that follow right on their gradients in the backward, without transfers"
+        )
     )
 
 
@@ -341,8 +348,9 @@ def _share(seconds: float, train: Phase) -> float:
 
 
 def _remedies(plan: Plan, ledger: CostLedger, peak: PeakAccount) -> list[Remedy]:
-    """Estimates of what half the tile, half the batch, half the sequence, half the adapter's rank, or frozen weights in 4 bits would save
-    at the peak; a tile of half the tokens keeps some of these bytes, as keys and values of the others.
+    """Estimates of what half the tile, half the batch, half the sequence, half the adapter's rank, or frozen weights in
+    4 bits would save at the peak; a tile of half the tokens keeps some of these bytes, as keys and values of the
+    others.
     """
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))

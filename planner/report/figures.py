@@ -47,8 +47,8 @@ def picture_kind(path: Path) -> str:
 
 
 def draw_curve(plans: Sequence[Plan], path: str | os.PathLike[str]) -> Path:
-    """Draw seconds per step against the budget, a line per policy, and the solver's proven bound; one picture per device,
-    one under the other. Returns the file.
+    """Draw seconds per step against the budget, a line per policy, and the solver's proven bound; one picture per
+    device, one under the other. Returns the file.
     """
     names = devices_of(plans)
     figure, rows = _canvas(9.0, 4.0, rows=len(names))
@@ -94,7 +94,8 @@ def draw_timeline(
     """Draw one step's predicted memory, stacked by kind, under the cap. Returns the file.
 
     `measured` are (instruction, resident bytes of the process) samples, drawn where the plan has the instruction;
-    `measured_peak` is the kernel's high-water mark of the run in bytes. Raises InputError where the plan has no timeline to draw.
+    `measured_peak` is the kernel's high-water mark of the run in bytes. Raises InputError where the plan has no
+    timeline to draw.
     """
     slices = timeline_slices(plan.timeline, SLICES)
     if not slices:

@@ -83,7 +83,10 @@ def _stage_sheet(fleet: PipelinePlan) -> Sheet:
             f"{member.ahead}",
             _time(member.micro_batch_seconds),
             _time(member.forward_seconds),
-            f"{'–' if member.peak_bytes is None else unit.amount(member.peak_bytes)} of {unit.amount(member.budget_bytes)}",
+            (
+                f"{'–' if member.peak_bytes is None else unit.amount(member.peak_bytes)} of"
+                f" {unit.amount(member.budget_bytes)}"
+            ),
             printable(member.device),
         ]
         for member in fleet.chain
@@ -101,7 +104,10 @@ def _share_sheet(fleet: FleetPlan) -> Sheet:
             f"{member.micro_batches}",
             _time(member.micro_batch_seconds),
             _time(None if (each := member.micro_batch_seconds) is None else each * member.micro_batches),
-            f"{'–' if member.peak_bytes is None else unit.amount(member.peak_bytes)} of {unit.amount(member.budget_bytes)}",
+            (
+                f"{'–' if member.peak_bytes is None else unit.amount(member.peak_bytes)} of"
+                f" {unit.amount(member.budget_bytes)}"
+            ),
             member.gradients,
             member.states,
             printable(member.device),
@@ -121,7 +127,9 @@ def _time(seconds: float | None) -> str:
 
 
 def fleet_sentences(fleet: AnyPlan) -> list[str]:
-    """How long a step takes and why, who takes no part, what fixed rules would take, and whether results depend on it."""
+    """How long a step takes and why, who takes no part, what fixed rules would take, and whether results depend on
+    it.
+    """
     said = [
         *_estimated(fleet),
         _headline(fleet),
@@ -143,7 +151,10 @@ def _estimated(fleet: AnyPlan) -> list[str]:
     if not names:
         return []
     return [
-        f"times of {_listed(names)} are estimated, not measured: this fleet can be planned for, but not be run like this"
+        (
+            f"times of {_listed(names)} are estimated, not measured: this fleet can be planned for, but not be run like"
+            " this"
+        )
     ]
 
 
@@ -194,7 +205,8 @@ def _flow(fleet: PipelinePlan) -> str:
     form = "as they are" if not fleet.bits else f"rounded to {fleet.bits} bits"
     ahead = [member.name for member in fleet.chain if member.ahead]
     order = (
-        f"{_listed(ahead)} {'goes' if len(ahead) == 1 else 'go'} forward ahead, and forward again when gradients are there"
+        f"{_listed(ahead)} {'goes' if len(ahead) == 1 else 'go'} forward ahead, and forward again when gradients are"
+        " there"
         if ahead
         else "one device computes at a time"
     )

@@ -1,7 +1,7 @@
 """A comparison as one self-contained HTML page: nothing is fetched, every chart has its table beside it.
 
-`comparison_page` turns plans into text; the page's markup and script are ``page.html.jinja`` beside this file. Its charts are drawn by
-``charts.js``, of data in the page.
+`comparison_page` turns plans into text; the page's markup and script are ``page.html.jinja`` beside this file. Its
+charts are drawn by ``charts.js``, of data in the page.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def _counted(plans: Sequence[Plan]) -> str:
     """What the budgets limit, in words."""
     if plans[0].model.is_bare_graph:
         return "Budgets are on the bytes that are live; the graph's fixed bytes are inside."
-    return f"Everything counts: {words_of(plans[0].device).floor} ({format_size(max(plan.floor_bytes for plan in plans))}) is inside."
+    return (
+        f"Everything counts: {words_of(plans[0].device).floor} ({format_size(max(plan.floor_bytes for plan in plans))})"
+        " is inside."
+    )
 
 
 def _device(plan: Plan) -> str:
@@ -149,7 +152,10 @@ def _beside_rules(solved: Plan, by_policy: Mapping[str, Plan], missing: Sequence
     if fitting:
         names = " and ".join(plan.policy for plan in fitting)
         single = len(fitting) == 1
-        return f"; {names} {'fits' if single else 'fit'} but {'does' if single else 'do'} not follow the exact gradient, so {'its time is' if single else 'their times are'} no measure{unplanned}"
+        return (
+            f"; {names} {'fits' if single else 'fit'} but {'does' if single else 'do'} not follow the exact gradient,"
+            f" so {'its time is' if single else 'their times are'} no measure{unplanned}"
+        )
     return f"; no fixed rule compared here fits{unplanned}"
 
 

@@ -1,5 +1,5 @@
-"""A plan in three sentences for somebody who reads of it for the first time: what happens to the tensors, what limits, and
-how near to the best it is. `tightfit.planner.report.explain` tells more, to those who plan.
+"""A plan in three sentences for somebody who reads of it for the first time: what happens to the tensors, what limits,
+and how near to the best it is. `tightfit.planner.report.explain` tells more, to those who plan.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _stored_by_decision(ledger: CostLedger, costs: Mapping[str, Cost]) -> Counte
 
 
 def _shares(sums: Mapping[str, int], words: Mapping[str, str], stored: Mapping[str, int] | None = None) -> str:
-    """What becomes of some tensors, the largest share first: ` (40 MiB) stay in memory`, or `: 40 MiB stay in memory and 3 MiB ...`.
+    """What becomes of some tensors, the largest share first: ` (40 MiB) stay in memory`, or `: 40 MiB stay in memory
+    and 3 MiB ...`.
 
     Of those that are `stored` in fewer bytes, this is said too.
     """
@@ -122,7 +123,10 @@ def _limits(plan: Plan, explanation: Explanation) -> str:
     notable = [f"{seconds / step:.1%} {name}" for name, seconds in shares.items() if step and seconds / step >= LEAST]
     if not notable:
         return f"{text}; no time is lost to the lack of memory."
-    return f"{text}; of the {format_seconds(step)} of a step by the model, {_listed(notable)}: that is what little memory costs."
+    return (
+        f"{text}; of the {format_seconds(step)} of a step by the model, {_listed(notable)}: that is what little memory"
+        " costs."
+    )
 
 
 def _listed(parts: list[str]) -> str:
@@ -133,10 +137,16 @@ def _nearness(plan: Plan) -> str:
     """How near to the best the plan is."""
     any_schedule = f"no schedule whatever could save more than {percent_within(plan.any_schedule_gap)} of its time"
     if plan.policy not in {"solver", MOBILLM}:
-        return f"It follows a fixed rule, {plan.policy}: searching could save at most {percent_within(plan.gap)} of its time."
+        return (
+            f"It follows a fixed rule, {plan.policy}: searching could save at most {percent_within(plan.gap)} of its"
+            " time."
+        )
     if plan.status == "optimal":
         return f"It is proven to be the fastest plan of its kind in this memory; {any_schedule}."
-    return f"A faster plan of its kind could save at most {percent_within(plan.gap)} of its time, which is proven; {any_schedule}."
+    return (
+        f"A faster plan of its kind could save at most {percent_within(plan.gap)} of its time, which is proven;"
+        f" {any_schedule}."
+    )
 
 
 def _missing(plan: Plan, shortfall: Shortfall | None) -> list[str]:

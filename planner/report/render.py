@@ -70,7 +70,8 @@ class _FittedTable:
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             title=Text(
-                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step by the model; or the smallest budget that would be enough{'' if unit is None else f', in {unit}'}"
+                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step by the model; or"
+                f" the smallest budget that would be enough{'' if unit is None else f', in {unit}'}"
             ),
             title_justify="left",
             pad_edge=False,
@@ -87,12 +88,16 @@ class _FittedTable:
 
 
 def comparison_table(plans: Sequence[Plan]) -> RenderableType:
-    """Seconds per step on one device, by budget and policy; where a budget is too small, the smallest that is enough."""
+    """Seconds per step on one device, by budget and policy; where a budget is too small, the smallest that is
+    enough.
+    """
     return _FittedTable(plans)
 
 
 def peak_table(plan: Plan) -> Table:
-    """What fills the memory at the plan's peak: what its fullest instruction holds, and what others make the process hold."""
+    """What fills the memory at the plan's peak: what its fullest instruction holds, and what others make the process
+    hold.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("at the peak")
     table.add_column("", justify="right")

@@ -85,9 +85,14 @@ def rounds_sentences(fleet: AnyRounds) -> list[str]:
             order = f"within {percent_within(fleet.order_gap)} of the best cuts and order for these plans"
         result = [
             f"{first} {order}. The adapter has {size}.",
-            "The result is that of devices that hold all layers, to the bit."
-            if fleet.bit_identical
-            else f"The result is not to the bit that of devices that hold all layers; profiles differ in {'; '.join(fleet.differences)}.",
+            (
+                "The result is that of devices that hold all layers, to the bit."
+                if fleet.bit_identical
+                else (
+                    "The result is not to the bit that of devices that hold all layers; profiles differ in"
+                    f" {'; '.join(fleet.differences)}."
+                )
+            ),
             "Devices send the labels of their data to the server, which computes the loss.",
         ]
     for baseline in fleet.baselines:
@@ -102,19 +107,25 @@ def rounds_sentences(fleet: AnyRounds) -> list[str]:
         else:
             times = baseline.makespan_seconds / fleet.makespan_seconds
             result.append(
-                f"With {baseline.name} it would take {format_seconds(baseline.makespan_seconds)}, {times:.2f} times as long."
+                f"With {baseline.name} it would take {format_seconds(baseline.makespan_seconds)}, {times:.2f} times as"
+                " long."
             )
     result.extend(f"{member.name} takes no part: {member.reason}." for member in fleet.members if not member.steps)
     return [printable(sentence) for sentence in result]
 
 
 def _advice(fleet: SplitPlan, baseline: SplitBaseline) -> str:
-    """What to leave out for shorter rounds: a device, or the split; "" where that is not what a way to make a round says."""
+    """What to leave out for shorter rounds: a device, or the split; "" where that is not what a way to make a round
+    says.
+    """
     seconds = baseline.makespan_seconds or 0.0
     shorter, longer = format_seconds(seconds), format_seconds(fleet.makespan_seconds)
     if baseline.name == "without a device":
         (name,) = (member.name for member in fleet.taking if member.name not in baseline.layers)
         return f"Leave out {name}, unless its data are needed: without it a round takes {shorter}, with it {longer}."
     if baseline.name == "whole models" and seconds < fleet.makespan_seconds:
-        return f"Leave out the server: where every device holds all layers a round takes {shorter}, with the split {longer}."
+        return (
+            f"Leave out the server: where every device holds all layers a round takes {shorter}, with the split"
+            f" {longer}."
+        )
     return ""

@@ -49,16 +49,17 @@ def side_sentences(fleet: SidePlan) -> list[str]:
     }
     slowest = max(seconds, key=lambda name: seconds[name])
     step = (
-        f"A step takes {format_seconds(fleet.makespan_seconds)}, within {percent_within(fleet.gap)} of the best there can be;"
-        f" {slowest} sets its pace with {format_seconds(seconds[slowest])} for a micro-batch."
+        f"A step takes {format_seconds(fleet.makespan_seconds)}, within {percent_within(fleet.gap)} of the best there"
+        f" can be; {slowest} sets its pace with {format_seconds(seconds[slowest])} for a micro-batch."
     )
     sent = (
-        f"{device.name} sends {format_size(fleet.message_bytes)} for a micro-batch, which take {format_seconds(link)}: its labels,"
-        f" and the outputs of the model's blocks {blocks} (counted from 0), {rounded}. No gradient comes back."
+        f"{device.name} sends {format_size(fleet.message_bytes)} for a micro-batch, which take {format_seconds(link)}:"
+        f" its labels, and the outputs of the model's blocks {blocks} (counted from 0), {rounded}. No gradient comes"
+        " back."
     )
     trained = (
-        f"The result is a side network with adapters of rank {fleet.rank}, in {server.name}'s folder side/: no adapter of the"
-        f" model, and of use only with what {device.name}'s model computes."
+        f"The result is a side network with adapters of rank {fleet.rank}, in {server.name}'s folder side/: no adapter"
+        f" of the model, and of use only with what {device.name}'s model computes."
     )
     result = [step, sent, trained]
     if fleet.device_alone_seconds is None:
@@ -69,7 +70,8 @@ def side_sentences(fleet: SidePlan) -> list[str]:
         alone = fleet.device_alone_seconds
         result.append(
             f"Backpropagation through the model's adapter would take {device.name} alone {format_seconds(alone)},"
-            f" {alone / fleet.makespan_seconds:.2f} times as long; it follows another gradient, so that steps do not compare."
+            f" {alone / fleet.makespan_seconds:.2f} times as long; it follows another gradient, so that steps do not"
+            " compare."
         )
     estimated = [member.name for member in fleet.members if not member.measured]
     if estimated:

@@ -55,12 +55,13 @@ WORDS = {
 
 
 def step_columns(plan: Plan) -> dict[str, Any]:
-    """The training step of a feasible plan, as ``timeline.js`` reads it; of a cycle the first. Every moment and every byte is of a
-    replay by the simulator.
+    """The training step of a feasible plan, as ``timeline.js`` reads it; of a cycle the first. Every moment and every
+    byte is of a replay by the simulator.
 
-    Of each instruction: `what` it does and `of` what (an operator's layer, or a tensor), ticks for which the cores `wait` before it
-    and `work` at it, bytes of `workspace`, and by how many bytes more of the arena are `touched` than before. Events `came` and `went`
-    are tensors that become resident and are given up; a transfer has the instruction that starts it, when it begins, and its length.
+    Of each instruction: `what` it does and `of` what (an operator's layer, or a tensor), ticks for which the cores
+    `wait` before it and `work` at it, bytes of `workspace`, and by how many bytes more of the arena are `touched` than
+    before. Events `came` and `went` are tensors that become resident and are given up; a transfer has the instruction
+    that starts it, when it begins, and its length.
     """
     assert plan.train is not None
     recording, ledger = record(plan), CostLedger(plan)
@@ -208,10 +209,11 @@ def _kinds(plan: Plan, present: Sequence[str]) -> list[MemoryBand]:
 
 
 def _decided(plan: Plan, ledger: CostLedger, names: _Names) -> dict[str, list[Any]]:
-    """Of each tensor that was decided on or that costs anything: the decision, what it costs per step, and what the other ways would.
+    """Of each tensor that was decided on or that costs anything: the decision, what it costs per step, and what the
+    other ways would.
 
-    `make` is the seconds of making it once more (of a weight: of unpacking it), `move` those of the channel for moving it
-    there and back (of a weight: of reading it once); None where that cannot be.
+    `make` is the seconds of making it once more (of a weight: of unpacking it), `move` those of the channel for moving
+    it there and back (of a weight: of reading it once); None where that cannot be.
     """
     decisions = _Names()
     columns: dict[str, list[Any]] = {

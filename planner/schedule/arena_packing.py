@@ -101,11 +101,11 @@ def pack(
     deadline: float = math.inf,
     options: SearchOptions = ALL,
 ) -> Packed:
-    """Offsets from `base` up such that the items end at byte `allowed` or lower, if such a packing is found; `allowed` 0: as
-    low as possible.
+    """Offsets from `base` up such that the items end at byte `allowed` or lower, if such a packing is found; `allowed`
+    0: as low as possible.
 
-    If none is found the result is the lowest packing of the rules. `length`: number of entries; `live`: most bytes live at once, a lower bound on any height. Past
-    `deadline`, on the monotonic clock, only the first rule is applied.
+    If none is found the result is the lowest packing of the rules. `length`: number of entries; `live`: most bytes live
+    at once, a lower bound on any height. Past `deadline`, on the monotonic clock, only the first rule is applied.
     """
     best: Packed | None = None
     for order, tight in _orders(items):
@@ -258,8 +258,8 @@ class _TakenBefore:
         self.ranges: list[Range] = []
 
     def until(self, entry: int) -> list[Range]:
-        """The bytes of those that are still resident at `entry`, which is no earlier than that of the call before: sorted ranges that
-        do not touch.
+        """The bytes of those that are still resident at `entry`, which is no earlier than that of the call before:
+        sorted ranges that do not touch.
         """
         resident = self.last >= entry
         count = int(np.count_nonzero(resident))

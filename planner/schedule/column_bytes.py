@@ -7,7 +7,9 @@ from tightfit.planner.schedule.layer_schedule import Column
 
 
 def live_bytes(problem: LayeredStep, columns: tuple[Column, ...]) -> int:
-    """Most bytes of live tensors over all windows of the step and of evaluation, exactly: (11) and (12) without what waits."""
+    """Most bytes of live tensors over all windows of the step and of evaluation, exactly: (11) and (12) without what
+    waits.
+    """
     outside = sum(column.outside for column in columns)
     held, most = outside, 0.0
     for layer, column in enumerate(columns):

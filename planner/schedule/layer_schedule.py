@@ -307,8 +307,8 @@ class _Expansion:
         yield from (("free", value) for value in sorted(kind.closes_backward))
 
     def _update(self, update: TrainableUpdate) -> Iterable[Action]:
-        """Update a trainable. Where that is apart, all that is on disk is fetched; the sum is not written, as the next step
-        begins another.
+        """Update a trainable. Where that is apart, all that is on disk is fetched; the sum is not written, as the next
+        step begins another.
         """
         away = update.trainable in self.decision.states
         moved = state_names_of(update) if away else ()

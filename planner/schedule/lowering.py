@@ -1,9 +1,9 @@
 """Lowers the layers' decisions to one schedule of the step: windows joined, names made global, sizes and seconds
 attached.
 
-The result is a list of `DraftInstruction` per phase, still without arena offsets. Each transfer stands where its tensor is needed
-or made; `prefetch` moves transfers, `arena` gives every tensor its offset, and `instructions` writes the plan's
-instruction list.
+The result is a list of `DraftInstruction` per phase, still without arena offsets. Each transfer stands where its tensor
+is needed or made; `prefetch` moves transfers, `arena` gives every tensor its offset, and `instructions` writes the
+plan's instruction list.
 """
 
 from __future__ import annotations

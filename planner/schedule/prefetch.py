@@ -13,8 +13,8 @@ One pass forward in time decides, whenever the disk falls idle, what it does nex
   the write.
 
 All other entries keep their order, so the resident bytes never exceed the limit if they did not before. A `FreeMemory`
-decides what fits: `FreeBytes` counts bytes, `tightfit.planner.schedule.prefetch_in_place` also knows where each tensor lies
-in the arena.
+decides what fits: `FreeBytes` counts bytes, `tightfit.planner.schedule.prefetch_in_place` also knows where each tensor
+lies in the arena.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ def prefetch(
 def fast_orders(
     facts: ScheduleFacts, inputs: Inputs, new_memory: Callable[[], AnyMemory], deadline: float = float("inf")
 ) -> list[tuple[list[int], AnyMemory]]:
-    """Orders of the entries that are faster than the draft, the fastest first: positions of the entries, and the room as the
-    pass left it. The first that is looked for has reads in the order in which they are needed; where computation waits in
-    it, another has the largest of nearby reads first.
+    """Orders of the entries that are faster than the draft, the fastest first: positions of the entries, and the room
+    as the pass left it. The first that is looked for has reads in the order in which they are needed; where computation
+    waits in it, another has the largest of nearby reads first.
 
-    Each is the fastest of a few passes, one for each of `LEADS`, which end with the first that leaves hardly any stalls, or
-    that is not faster than one before. Past `deadline`, on the monotonic clock, only the first pass is made.
+    Each is the fastest of a few passes, one for each of `LEADS`, which end with the first that leaves hardly any
+    stalls, or that is not faster than one before. Past `deadline`, on the monotonic clock, only the first pass is made.
     """
     entries = facts.entries
     drafted = clock(entries, inputs)
@@ -280,8 +280,8 @@ class FreeBytes:
 
 
 class _PrefetchPass:
-    """One pass over the entries, which simulates computation and disk and decides when each transfer is issued. Reads go in
-    the order of `queue`, their numbers, except where one is needed before its turn.
+    """One pass over the entries, which simulates computation and disk and decides when each transfer is issued. Reads
+    go in the order of `queue`, their numbers, except where one is needed before its turn.
     """
 
     def __init__(

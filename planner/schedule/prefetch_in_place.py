@@ -62,8 +62,8 @@ def prefetch_in_place(
 
 
 class _FreeGaps(FreeBytes):
-    """`FreeMemory` in terms of gaps between tensors placed in the arena. A span is one interval of residency, in drafted
-    entries.
+    """`FreeMemory` in terms of gaps between tensors placed in the arena. A span is one interval of residency, in
+    drafted entries.
     """
 
     def __init__(self, facts: ScheduleFacts, items: Sequence[TensorLifetime], room: int) -> None:

@@ -148,8 +148,8 @@ def _realize_draft(
 
 
 def _prefetched_update(step: Draft, inputs: Inputs, room: int) -> tuple[DraftInstruction, ...]:
-    """The updates that are apart, with the tensors of the next trainable fetched while one is updated, and those of the one
-    before written.
+    """The updates that are apart, with the tensors of the next trainable fetched while one is updated, and those of the
+    one before written.
     """
     live = max(live_profile(step.update, step.resident, step.sizes), default=0)
     between = sum(step.sizes[name] for name in step.resident)
@@ -216,7 +216,9 @@ def _in_turn(steps: Sequence[Schedule]) -> Schedule:
 
 
 def _instruction_bytes(problem: LayeredStep, drafts: Sequence[Draft]) -> int:
-    """Bytes of the instructions themselves: those of every training step, of one evaluation, and of an update that is apart."""
+    """Bytes of the instructions themselves: those of every training step, of one evaluation, and of an update that is
+    apart.
+    """
     count = sum(len(step.train) for step in drafts) + len(drafts[0].beside)
     return problem.profile.device.floor.instruction_bytes * count
 

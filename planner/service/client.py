@@ -47,7 +47,9 @@ from tightfit.runtime.common.option_names import spelled
 Kept = Literal["profiles", "plans", "jobs", "runs", "uploads"]
 """what the service keeps; runs are jobs too, and uploads are called by the name that they were sent under"""
 Progress = Callable[[dict[str, Any]], None]
-"""called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
+"""called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds,
+resident_bytes
+"""
 CONNECT_SECONDS = 5.0
 """within which a service has to take a connection; how long it may take to answer is another question"""
 TRIES = 4
@@ -69,12 +71,12 @@ def connect(
     timeout: float = 60.0,
     tell: Callable[[str], None] | None = None,
 ) -> Client:
-    """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service shows or of those
-    who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE. `tell` is called with a
-    sentence when a service that has answered does not any more and is asked again.
+    """A client of the service at `url`. `token` and `certificate`, the file of the certificate that an https service
+    shows or of those who have signed it, default to the environment variables TIGHTFIT_TOKEN and TIGHTFIT_CERTIFICATE.
+    `tell` is called with a sentence when a service that has answered does not any more and is asked again.
 
-    Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and RunError where
-    nothing answers.
+    Raises InputError where what answers there is no tightfit, or one that its certificate does not vouch for, and
+    RunError where nothing answers.
     """
     client = Client(
         url,
@@ -148,7 +150,9 @@ class Client:
         return str(self._upload(profile)["id"])
 
     def _upload_without_paths(self, profile: Profile) -> tuple[dict[str, Any], dict[str, str]]:
-        """Store a profile without paths of this machine; returns what is stored, and what `_planned` puts into plans of it."""
+        """Store a profile without paths of this machine; returns what is stored, and what `_planned` puts into plans of
+        it.
+        """
         model, paths = Redaction([]).model(profile.model)
         return self._upload(profile.model_copy(update={"model": model})), paths
 
@@ -174,8 +178,8 @@ class Client:
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
     def bundle(self, request: BundleRequest, *, progress: Progress | None = None) -> Bundle:
-        """`tightfit.profiles.steps.tracing_process.make_bundle`, done by the service. The names of files and folders on this machine are
-        not sent.
+        """`tightfit.profiles.steps.tracing_process.make_bundle`, done by the service. The names of files and folders on
+        this machine are not sent.
         """
         self._check_version()
         sent = request.without_places()
@@ -195,9 +199,9 @@ class Client:
         if there.get("profile_version") != PROFILE_VERSION:
             version = there.get("profile_version", "another, and makes no bundles")
             raise InputError(
-                f"{self.url}: tightfit {there.get('version')} answers there, whose profile version is {version}; that of tightfit"
-                f" {installed_version()} here is {PROFILE_VERSION}. Install the same tightfit on both, or copy a bundle that"
-                " `tightfit prepare` makes on a machine with this one"
+                f"{self.url}: tightfit {there.get('version')} answers there, whose profile version is {version}; that"
+                f" of tightfit {installed_version()} here is {PROFILE_VERSION}. Install the same tightfit on both, or"
+                " copy a bundle that `tightfit prepare` makes on a machine with this one"
             )
 
     @keywords_of(PlanOptions)
@@ -210,13 +214,17 @@ class Client:
         return self._planned(job["result"]["plan"], paths)
 
     def choose(self, problems: Sequence[ChoiceProblem], *, progress: Progress | None = None) -> list[Choice | None]:
-        """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen by the service."""
+        """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen
+        by the service.
+        """
         job = self.post("/v1/answer-plans", {"problems": [problem.model_dump() for problem in problems]})
         choices = self.finish(job, progress)["result"]["choices"]
         return [None if choice is None else Choice.model_validate(choice) for choice in choices]
 
     def explanation(self, plan: Plan) -> Explanation:
-        """The explanation of a plan that the service has made; unless a comparison made it, with the value of memory."""
+        """The explanation of a plan that the service has made; unless a comparison made it, with the value of
+        memory.
+        """
         stored = self.get(f"/v1/plans/{self._id(plan.fingerprint)}")["summary"]["explanation"]
         return account(plan) if stored is None else Explanation.model_validate(stored)
 
@@ -289,8 +297,8 @@ class Client:
     # --- what the service keeps --------------------------------------------------------------------------------------
 
     def items(self, what: Kept, *, search: str | None = None, **filters: str) -> Iterator[dict[str, Any]]:
-        """What the service keeps, newest first: all of it, or what mentions all words of `search`; of plans those of a `profile`,
-        of jobs those of a `kind` or in a `state`.
+        """What the service keeps, newest first: all of it, or what mentions all words of `search`; of plans those of a
+        `profile`, of jobs those of a `kind` or in a `state`.
         """
         name, query = _list_of(what), {**filters, **({} if search is None else {"search": search})}
         if what == "runs":
@@ -319,8 +327,8 @@ class Client:
         *,
         part: Literal["adapter", "report", "merged"] = "adapter",
     ) -> Path:
-        """Write a profile or a plan to a file, or of a run its adapter (a tar file), its report or what was merged last.
-        Returns the file's path.
+        """Write a profile or a plan to a file, or of a run its adapter (a tar file), its report or what was merged
+        last. Returns the file's path.
 
         Raises InputError where it cannot be written.
         """
@@ -345,7 +353,9 @@ class Client:
         return self.finish(self.get(f"/v1/jobs/{identity}"), progress)
 
     def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
-        """Follow a job to its end. Raises what made it fail; after Ctrl-C the job goes on, as KeyboardInterrupt says."""
+        """Follow a job to its end. Raises what made it fail; after Ctrl-C the job goes on, as KeyboardInterrupt
+        says.
+        """
         events = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
         try:
             for name, data in events:
@@ -385,8 +395,8 @@ class Client:
             self._tell_of_silence()
             time.sleep(RETRY_SECONDS)
         raise RunError(
-            f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started there"
-            f" again: see {self.url}/v1/jobs/{identity} then"
+            f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started"
+            f" there again: see {self.url}/v1/jobs/{identity} then"
         )
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -413,10 +423,13 @@ class Client:
         job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return job
 
-    # --- data and answers ----------------------------------------------------------------------------------------------
+    # --- data and answers
+    # ----------------------------------------------------------------------------------------------
 
     def upload_data(self, file: str | os.PathLike[str], name: str | None = None) -> str:
-        """Store a file of samples at the service, by default under its own name; returns what a run there takes as data."""
+        """Store a file of samples at the service, by default under its own name; returns what a run there takes as
+        data.
+        """
         try:
             content = Path(file).read_bytes()
         except OSError as error:
@@ -426,8 +439,8 @@ class Client:
         return f"{UPLOADED}{self._json(self._send('POST', path, content=content, headers=headers))['id']}"
 
     def preview(self, profile: str, data: str, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
-        """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut and what is
-        refused; `options` are columns, truncate and packing.
+        """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut
+        and what is refused; `options` are columns, truncate and packing.
         """
         asked = {"profile": profile, "data": data, **options}
         result: dict[str, Any] = self.finish(self._post_once("/v1/previews", asked), progress)["result"]
@@ -436,8 +449,8 @@ class Client:
     def answer(
         self, profile: str, prompt: str | list[dict[str, str]], *, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
-        """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens, seconds; `progress`
-        gets the text so far. `options` are those of `/v1/answers`.
+        """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens,
+        seconds; `progress` gets the text so far. `options` are those of `/v1/answers`.
         """
         job = self._post_once("/v1/answers", {"profile": profile, "prompt": prompt, **options})
         result: dict[str, Any] = self.finish(job, progress)["result"]
@@ -446,7 +459,9 @@ class Client:
     def merged(
         self, run: str, file: str | os.PathLike[str], form: str = "gguf", progress: Progress | None = None
     ) -> Path:
-        """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with safetensors."""
+        """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with
+        safetensors.
+        """
         self.finish(self.post(f"/v1/runs/{run}/merge", {"format": form}), progress)
         return self.download("runs", run, file, part="merged")
 
@@ -466,8 +481,8 @@ class Client:
         return content
 
     def _send(self, method: str, path: str, into: IO[bytes] | None = None, **options: Any) -> httpx.Response:
-        """The answer to a request, which is sent again where the connection breaks off, and for a minute to a service that
-        has answered before. What is answered is written `into` a file, where one is given.
+        """The answer to a request, which is sent again where the connection breaks off, and for a minute to a service
+        that has answered before. What is answered is written `into` a file, where one is given.
         """
         started, tries = time.monotonic(), 0
         while True:
@@ -522,8 +537,9 @@ def _check_secret(address: httpx.URL) -> None:
     if address.scheme == "http" and not loopback(address.host):
         port = address.port or 80
         raise InputError(
-            f"{address}: the token would pass in the clear. Give the service a certificate (`tightfit serve --certificate`) and write"
-            f" https://; or take an ssh tunnel, `ssh -L {port}:localhost:{port} {address.host}`, and write http://127.0.0.1:{port}"
+            f"{address}: the token would pass in the clear. Give the service a certificate (`tightfit serve"
+            f" --certificate`) and write https://; or take an ssh tunnel, `ssh -L {port}:localhost:{port}"
+            f" {address.host}`, and write http://127.0.0.1:{port}"
         )
 
 
@@ -550,7 +566,9 @@ def _trusted(address: httpx.URL, certificate: str | os.PathLike[str] | None) -> 
 
 
 def _refused_certificate(error: BaseException) -> str | None:
-    """Why there is no TLS with a service, as the error that ended the connection has it; None where TLS was not the reason."""
+    """Why there is no TLS with a service, as the error that ended the connection has it; None where TLS was not the
+    reason.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLError):
         cause = cause.__cause__ or cause.__context__
@@ -558,8 +576,9 @@ def _refused_certificate(error: BaseException) -> str | None:
         return None
     if isinstance(cause, ssl.SSLCertVerificationError):
         return (
-            f"its certificate is not trusted ({cause.verify_message.rstrip('.')}); name the file of the service's certificate with"
-            f" {spelled('certificate')} or in TIGHTFIT_CERTIFICATE, and the service by a name that stands in it"
+            f"its certificate is not trusted ({cause.verify_message.rstrip('.')}); name the file of the service's"
+            f" certificate with {spelled('certificate')} or in TIGHTFIT_CERTIFICATE, and the service by a name that"
+            " stands in it"
         )
     return f"no https is spoken there ({cause.reason or cause}); check the address, or write http://"
 

@@ -61,8 +61,8 @@ class StepRecording:
 
 
 def record(plan: Plan) -> StepRecording:
-    """The training step of `plan`, of a cycle its first. Raises InvalidSchedule as `simulate` does, InputError where the plan
-    has no schedule.
+    """The training step of `plan`, of a cycle its first. Raises InvalidSchedule as `simulate` does, InputError where
+    the plan has no schedule.
     """
     if plan.train is None:
         raise InputError(

@@ -1,4 +1,6 @@
-"""The search at one budget: columns chosen and realised as schedules within a time limit, the best schedule so far and its bound."""
+"""The search at one budget: columns chosen and realised as schedules within a time limit, the best schedule so far and
+its bound.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tightfit.planner.search_options import ALL, Progress, SearchOptions
 from tightfit.planner.solve.column_generation import ColumnGeneration
 
 GOOD = 4e-3
-"""relative gap; where a schedule is this near its bound, columns are not chosen again; farther away, it may be far from the best"""
+"""relative gap; where a schedule is this near its bound, columns are not chosen again; farther away, it may be far from
+the best
+"""
 FAIR = 5e-3
 """the same gap, once a second choice of columns gave no faster schedule"""
 RESERVE = 0.01
@@ -24,7 +28,9 @@ RESERVE = 0.01
 CHOICES = 5
 """choices of columns, each with another reserve"""
 MORE, TWICE = 0.05, 2
-"""where a schedule waits for the disk, the next reserve: at least this share of the limit, and this many times the last reserve"""
+"""where a schedule waits for the disk, the next reserve: at least this share of the limit, and this many times the last
+reserve
+"""
 CLOSE = 1.2
 """ratio of two reserves between which no other is worth trying"""
 REALIZE_SECONDS = 2.2e-4
@@ -54,7 +60,9 @@ class BudgetSearch:
     schedules: list[Schedule] = field(default_factory=list)
     """schedules that fit"""
     realized: dict[RealizeQuestion, tuple[Schedule | None, int]] = field(default_factory=dict)
-    """each question so far -> its schedule, if one fits, and the bytes that it has too many; copies made by `replace` share it"""
+    """each question so far -> its schedule, if one fits, and the bytes that it has too many; copies made by `replace`
+    share it
+    """
     realize_seconds: list[float] = field(default_factory=list)
     """seconds that each realisation took; shared too"""
 
@@ -83,8 +91,8 @@ class BudgetSearch:
 
     @contextmanager
     def within(self, share: float = 1.0) -> Iterator[None]:
-        """End after this share of the time, and leave the rest to what follows; a TimeoutError ends only what is inside, and `timely`
-        is then False.
+        """End after this share of the time, and leave the rest to what follows; a TimeoutError ends only what is
+        inside, and `timely` is then False.
         """
         deadline = self.deadline
         self.deadline = self.until(share)
@@ -131,13 +139,15 @@ class BudgetSearch:
             self.timely = self.timely and fresh.timely
 
     def choose(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
-        """Choose whole columns within the limit less a reserve and realise them, with a larger reserve until all tensors find places.
+        """Choose whole columns within the limit less a reserve and realise them, with a larger reserve until all
+        tensors find places.
 
-        Once they do, and waiting for the disk is most of what the schedule lacks to the bound, the reserve grows (prefetching uses it),
-        until that gains nothing twice in a row; where the schedule hardly waits, one smaller reserve is tried. Once schedules are known
-        to wait, columns are priced for each further reserve: other columns are good there. Once one reserve is known with which
-        schedules wait, and one with which they do not or that no columns leave, the next lies between the two. Raises TimeoutError
-        where time is up before any columns are chosen.
+        Once they do, and waiting for the disk is most of what the schedule lacks to the bound, the reserve grows
+        (prefetching uses it), until that gains nothing twice in a row; where the schedule hardly waits, one smaller
+        reserve is tried. Once schedules are known to wait, columns are priced for each further reserve: other columns
+        are good there. Once one reserve is known with which schedules wait, and one with which they do not or that no
+        columns leave, the next lies between the two. Raises TimeoutError where time is up before any columns are
+        chosen.
         """
         reserve_step = self.reserve
         largest_reserve = reserve = reserve_step
@@ -195,7 +205,9 @@ class BudgetSearch:
             reserve = following
 
     def _price(self, search: ColumnGeneration, reserve: int) -> None:
-        """Price columns for a limit that leaves `reserve` free, unless its bound shows that no plan there is faster than the best so far."""
+        """Price columns for a limit that leaves `reserve` free, unless its bound shows that no plan there is faster
+        than the best so far.
+        """
         best_seconds = min((schedule.seconds for schedule in self.schedules), default=math.inf)
         pricing = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=best_seconds)
         pricing.columns()

@@ -1,13 +1,13 @@
 """Decisions for all layers at one budget: small models as one mixed-integer program, large ones by column generation.
 
-Each layer enters through a few figures (`FIELDS`): bytes it holds between its windows and inside them, seconds of computation and
-disk. A window's bytes are what every layer holds at that time plus the layer's own peak there, so two constraints per layer say the
-same as one per instruction. Equal layers share columns (decisions with their figures) and pricing problems, so the cost grows with
-the number of layer types.
+Each layer enters through a few figures (`FIELDS`): bytes it holds between its windows and inside them, seconds of
+computation and disk. A window's bytes are what every layer holds at that time plus the layer's own peak there, so two
+constraints per layer say the same as one per instruction. Equal layers share columns (decisions with their figures) and
+pricing problems, so the cost grows with the number of layer types.
 
-The bound is Lagrangian (20): at the master's dual prices, the least cost of each layer, as far as its pricing problem's own bound
-proves it (Dantzig and Wolfe 1960; for its use as a bound see Lasdon 1970). Numbers in brackets are those of the blocks in
-docs/formulation.md.
+The bound is Lagrangian (20): at the master's dual prices, the least cost of each layer, as far as its pricing problem's
+own bound proves it (Dantzig and Wolfe 1960; for its use as a bound see Lasdon 1970). Numbers in brackets are those of
+the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ from tightfit.planner.solvers.lp import Linear, LinearProgram
 JOINT_BINARIES = 150
 """models with at most so many integer variables are solved as one program, to optimality"""
 WHOLE_NODES = 20
-"""nodes of branch and bound for whole columns: work is counted, not timed, so that the same input gives the same plan"""
+"""nodes of branch and bound for whole columns: work is counted, not timed, so that the same input gives the same
+plan
+"""
 WHOLE = 0.999
 """share of one column from which on a layer counts as not mixed"""
 NEAR = 1e-3
-"""share of the step's time; only columns whose reduced cost is at most that are tried as whole columns near a mixture"""
+"""share of the step's time; only columns whose reduced cost is at most that are tried as whole columns near a
+mixture
+"""
 FEW = 5
 """such columns per layer, where every layer chooses among them"""
 FREE = 12
@@ -46,7 +50,9 @@ CANDIDATES = 10
 FITTED = 30
 """columns of each layer that the local search chooses among"""
 MARGINS = (0.0, 0.005, 0.02)
-"""shares of the limit by which what the local search chooses holds less than the mixtures, one after the other until it fits"""
+"""shares of the limit by which what the local search chooses holds less than the mixtures, one after the other until it
+fits
+"""
 FILLED = 5
 """mixed layers at most for which a new column near the mixture is sought"""
 WHOLE_GAP = 2e-3
@@ -107,15 +113,17 @@ class ColumnGeneration:
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
     def _report_pricing(self, stage: str, relaxed: MasterLpSolution, best: float) -> None:
-        """Report progress; where the limit is passed, the value is mostly the price of that and says nothing of seconds."""
+        """Report progress; where the limit is passed, the value is mostly the price of that and says nothing of
+        seconds.
+        """
         within_limit = relaxed.over < 1e-4
         self.report(stage, relaxed.value / MS if within_limit else float("inf"), best / MS if within_limit else 0.0)
 
     # --- one program -----------------------------------------------------------------------------------------------
 
     def joint(self, *, priced: bool = True) -> ChosenColumns | None:
-        """(1) to (17) as one program: the optimum of the class; None where nothing fits. Without a price on transfers (`priced`) the bound
-        of its time is tight.
+        """(1) to (17) as one program: the optimum of the class; None where nothing fits. Without a price on transfers
+        (`priced`) the bound of its time is tight.
 
         Raises TimeoutError where the deadline strikes before there are columns, or a proof that none fit.
         """
@@ -142,17 +150,19 @@ class ColumnGeneration:
         )
 
     def bound(self, objective: float, *, priced: bool = True) -> float:
-        """Seconds that no plan undercuts, from a bound of time + MOVE_PRICE * disk time (disk time <= time), or of time alone."""
+        """Seconds that no plan undercuts, from a bound of time + MOVE_PRICE * disk time (disk time <= time), or of time
+        alone.
+        """
         return max(0.0, objective * (1 - MARGIN) / (1 + (MOVE_PRICE if priced else 0.0)) / MS)
 
     # --- columns ---------------------------------------------------------------------------------------------------
 
     def columns(self, enough: float = 0.0) -> tuple[float, float, bool]:
-        """Column generation until the Lagrangian bound (20) meets the master's value, or that is at most `enough` (ms, without a limit
-        KiB): (bound, master's value, whether the limit is kept).
+        """Column generation until the Lagrangian bound (20) meets the master's value, or that is at most `enough` (ms,
+        without a limit KiB): (bound, master's value, whether the limit is kept).
 
-        Past the deadline the bound is the best so far, and `timely` is False. Nothing is priced where what other budgets have
-        proven (22) shows that no plan is worth it.
+        Past the deadline the bound is the best so far, and `timely` is False. Nothing is priced where what other
+        budgets have proven (22) shows that no plan is worth it.
         """
         limit = self.limit_bytes
         best, value, within_limit = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
@@ -192,10 +202,12 @@ class ColumnGeneration:
         return relaxed.value / MS, relaxed.over < 1e-4
 
     def _price(self, relaxed: MasterLpSolution, best: float, *, steady: bool) -> tuple[float, bool]:
-        """Price layers until little could be gained in the others: (most that could still be gained, whether there are new columns).
+        """Price layers until little could be gained in the others: (most that could still be gained, whether there are
+        new columns).
 
-        The layer with the most to gain comes first; what its solution proves often settles layers at similar prices. Prices that still
-        change much are not worth a full proof: unless they are `steady`, new columns end the round early.
+        The layer with the most to gain comes first; what its solution proves often settles layers at similar prices.
+        Prices that still change much are not worth a full proof: unless they are `steady`, new columns end the round
+        early.
         """
         pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
         gap = min(1e-2, max(self.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
@@ -233,7 +245,9 @@ class ColumnGeneration:
         return sum(map(short, range(len(kinds)))), has_new
 
     def _improve(self, prices: Sequence[Prices]) -> bool:
-        """Look for a new column of each type without programs, at the prices of its middle layer; whether there are any."""
+        """Look for a new column of each type without programs, at the prices of its middle layer; whether there are
+        any.
+        """
         kinds, has_new = self.pool.problem.layer_type, False
         for kind in range(len(self.pool.columns)):
             layers = [layer for layer, other in enumerate(kinds) if other == kind]
@@ -262,10 +276,10 @@ class ColumnGeneration:
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """(23) Good whole columns within `limit_bytes` from the pool; None where none fits.
 
-        First those that a local search fits into what the mixtures hold. Where they cost too much, a few layers get a new column near
-        their mixture, and integer programs choose: for a few of the mixed layers, then for all layers among columns that cost little
-        more than the mixture, at last among all columns. Past the deadline the best so far is returned, and `timely` is False; raises
-        TimeoutError where there is none.
+        First those that a local search fits into what the mixtures hold. Where they cost too much, a few layers get a
+        new column near their mixture, and integer programs choose: for a few of the mixed layers, then for all layers
+        among columns that cost little more than the mixture, at last among all columns. Past the deadline the best so
+        far is returned, and `timely` is False; raises TimeoutError where there is none.
         """
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
@@ -296,7 +310,8 @@ class ColumnGeneration:
         return None if best is None else best[1]
 
     def _fitted(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
-        """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need more memory.
+        """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need
+        more memory.
 
         Where memory has no price, the mixtures are whole but for ties.
         """
@@ -321,8 +336,8 @@ class ColumnGeneration:
         return None
 
     def _few_free(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
-        """Every layer rounded but a few, which choose among the columns of least reduced cost; first, new columns are sought near a few
-        of the mixtures.
+        """Every layer rounded but a few, which choose among the columns of least reduced cost; first, new columns are
+        sought near a few of the mixtures.
         """
         kinds = self.pool.problem.layer_type
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if np.max(shares) < WHOLE]

@@ -11,12 +11,15 @@ from tightfit.planner.solve.pricing import ColumnPool
 def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Column, ...] | None:
     """From the smallest columns on, exchange columns in the order of time saved per byte, as far as the limit allows.
 
-    Time is that of computation and disk together, though they may overlap. None where even the smallest columns do not fit.
+    Time is that of computation and disk together, though they may overlap. None where even the smallest columns do not
+    fit.
     """
     count = len(problem.layer_type)
 
     def size(column: Column) -> float:
-        """Bytes: what every layer holds at once counts as such, peaks, of which there is one at a time, as one layer's share."""
+        """Bytes: what every layer holds at once counts as such, peaks, of which there is one at a time, as one layer's
+        share.
+        """
         return column.between + column.outside + max(column.forward_peak, column.backward_peak) / count
 
     chosen = [min(pool.columns[kind], key=size) for kind in problem.layer_type]

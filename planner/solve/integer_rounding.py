@@ -1,10 +1,11 @@
 """Whole columns near a mixture, found without an integer program.
 
-The restricted master problem mixes columns; a plan needs one per layer. What the mixtures hold in every window, and what they leave
-free there, is known: a combination that holds no more than both together in any window keeps the limit, unless its transfers come
-at worse times. Within these capacities goes a local search (a multidimensional multiple-choice knapsack: one column per layer, one
-constraint per window): shares are rounded, columns exchanged until all fit, then one or two at a time so that the step gets
-shorter at the mixture's prices of time. It is the first stage of (23) in docs/formulation.md.
+The restricted master problem mixes columns; a plan needs one per layer. What the mixtures hold in every window, and
+what they leave free there, is known: a combination that holds no more than both together in any window keeps the limit,
+unless its transfers come at worse times. Within these capacities goes a local search (a multidimensional
+multiple-choice knapsack: one column per layer, one constraint per window): shares are rounded, columns exchanged until
+all fit, then one or two at a time so that the step gets shorter at the mixture's prices of time. It is the first stage
+of (23) in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ BYTES = [BETWEEN, OUTSIDE, INSTRUCTIONS, *PEAKS]
 
 
 def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
-    """A column per layer, from the shares of its type's columns, rounded so that up to any layer each column is taken about as often
-    as the shares up to there add up to.
+    """A column per layer, from the shares of its type's columns, rounded so that up to any layer each column is taken
+    about as often as the shares up to there add up to.
     """
     owed: dict[int, Floats] = {}
     picks = []
@@ -49,15 +50,21 @@ def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
 
 
 class WindowBytes:
-    """What a combination of columns may hold, and holds, in KiB, in every layer's forward, backward and evaluation window."""
+    """What a combination of columns may hold, and holds, in KiB, in every layer's forward, backward and evaluation
+    window.
+    """
 
     def __init__(self, spare: Floats, mixtures: Floats, instruction_kib: float) -> None:
-        """`spare`: (3, layers), KiB at least that are free in each window beside what `mixtures`, (layers, FIELDS), hold."""
+        """`spare`: (3, layers), KiB at least that are free in each window beside what `mixtures`, (layers, FIELDS),
+        hold.
+        """
         self._instruction_kib = instruction_kib
         self.capacity = spare + self.held(mixtures)
 
     def held(self, figures: Floats) -> Floats:
-        """(3, layers): KiB in each window, without what all combinations have in common; `figures`: (layers, FIELDS)."""
+        """(3, layers): KiB in each window, without what all combinations have in common; `figures`: (layers,
+        FIELDS).
+        """
         between, outside = figures[:, BETWEEN], figures[:, OUTSIDE]
         before = np.cumsum(between) - between
         after = outside.sum() - np.cumsum(outside)
@@ -99,8 +106,8 @@ class WindowBytes:
 
 
 def _around(free: Floats) -> tuple[Floats, Floats, Floats]:
-    """Per layer: the least that is free in training windows of the layers before it, of those after it, and in evaluation windows
-    of the others.
+    """Per layer: the least that is free in training windows of the layers before it, of those after it, and in
+    evaluation windows of the others.
     """
     training = free[:2].min(axis=0)
     before, after = np.full(len(training), np.inf), np.full(len(training), np.inf)
@@ -116,7 +123,8 @@ def _around(free: Floats) -> tuple[Floats, Floats, Floats]:
 class ColumnRounding:
     """The local search over combinations of one column per layer.
 
-    `candidates`: per layer, indices into its type's columns, best first; `figures`: per layer, FIELDS of all of these columns.
+    `candidates`: per layer, indices into its type's columns, best first; `figures`: per layer, FIELDS of all of these
+    columns.
     """
 
     def __init__(
@@ -143,7 +151,8 @@ class ColumnRounding:
     def fitted(self, windows: WindowBytes, picks: Sequence[int], deadline: float) -> list[int] | None:
         """A combination that fits, near `picks` (per layer, an index into its type's columns); None: none was found.
 
-        Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; after that, the one found so far is returned.
+        Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; after that, the one found
+        so far is returned.
         """
         chosen = (self._candidates == np.array(picks)[:, None]).argmax(axis=1)
         if not self._repair(windows, chosen, deadline):
@@ -171,7 +180,9 @@ class ColumnRounding:
         return costs
 
     def _repair(self, windows: WindowBytes, chosen: Numbers, deadline: float) -> bool:
-        """Change one layer after the other, each time for the most bytes over capacity per ms, until all fit; whether they do."""
+        """Change one layer after the other, each time for the most bytes over capacity per ms, until all fit; whether
+        they do.
+        """
         for _ in range(STEPS * len(self._layers)):
             free = windows.free(self._chosen(chosen))
             if (free >= -ROUNDING).all():
@@ -219,8 +230,8 @@ class ColumnRounding:
         return False
 
     def _single(self, chosen: Numbers, costs: Floats) -> list[tuple[int, int]]:
-        """(layer, candidate) of first changes to try, those that make least difference in time first; of those that change the same column
-        of a type to the same other one, in a first, a middle and a last layer.
+        """(layer, candidate) of first changes to try, those that make least difference in time first; of those that
+        change the same column of a type to the same other one, in a first, a middle and a last layer.
         """
         others = ~self._repeated
         others[self._layers, chosen] = False

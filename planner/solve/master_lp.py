@@ -1,7 +1,8 @@
-"""The restricted master problem: a linear program over the columns known so far, solved again and again from its last basis.
+"""The restricted master problem: a linear program over the columns known so far, solved again and again from its last
+basis.
 
-From round to round there are a few columns more, from budget to budget another limit: the last basis is nearly the next one, so
-a solution costs a fraction of the first. Numbers in brackets are those of the blocks in docs/formulation.md.
+From round to round there are a few columns more, from budget to budget another limit: the last basis is nearly the next
+one, so a solution costs a fraction of the first. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class MasterLpSolution:
     limit_price: float
     """dual price of the limit: ms per KiB"""
     spare: NDArray[np.float64]
-    """(3, layers): KiB of the limit that are free, at least, in every layer's forward, backward and evaluation; empty without a
-    limit
+    """(3, layers): KiB of the limit that are free, at least, in every layer's forward, backward and evaluation; empty
+    without a limit
     """
 
 
@@ -84,7 +85,8 @@ class MasterLp:
         """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
 
     def solve(self, limit_bytes: int | None, seconds: float) -> MasterLpSolution:
-        """The shortest step within `limit_bytes`, or, without a limit, the fewest bytes; with dual prices of each layer's figures.
+        """The shortest step within `limit_bytes`, or, without a limit, the fewest bytes; with dual prices of each
+        layer's figures.
 
         Raises TimeoutError where `seconds` do not suffice.
         """
@@ -117,7 +119,9 @@ class MasterLp:
         return unused + np.array([[left.value(values) for left in windows] for windows in self._spare])
 
     def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:
-        """(22) Remember a Lagrangian bound of the objective at a limit; at the same prices it gives one at every limit."""
+        """(22) Remember a Lagrangian bound of the objective at a limit; at the same prices it gives one at every
+        limit.
+        """
         self._proven.append((limit_bytes, bound, limit_price))
 
     def proven(self, limit_bytes: int) -> float:

@@ -1,4 +1,6 @@
-"""The smallest budget at which a plan is found, from a schedule that is known: lower and lower, until one byte less has none."""
+"""The smallest budget at which a plan is found, from a schedule that is known: lower and lower, until one byte less has
+none.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ SHRINK = 8
 def lower_peak(
     best: Schedule, below: Callable[[Schedule, int], Schedule | None], floor_bytes: int, step: int = 1
 ) -> tuple[Schedule, bool]:
-    """The lowest schedule found from `best` down, and whether none was found one byte lower, or that would be below `floor_bytes`.
+    """The lowest schedule found from `best` down, and whether none was found one byte lower, or that would be below
+    `floor_bytes`.
 
-    `below`: asked with a schedule and a number of bytes, a schedule whose peak is lower by at least these, or None where none is
-    found; where it raises TimeoutError, the lowest one so far is the answer. `step`: bytes to begin with.
+    `below`: asked with a schedule and a number of bytes, a schedule whose peak is lower by at least these, or None
+    where none is found; where it raises TimeoutError, the lowest one so far is the answer. `step`: bytes to begin with.
     """
     for _ in range(ROUNDS):
         if best.peak_bytes <= floor_bytes:

@@ -1,8 +1,8 @@
 """How much memory planning takes, counted from the layers before a solver is loaded.
 
-Most of it are the programs of layer types under which columns are priced (`tightfit.planner.solve.pricing`): as Python's arrays, as
-MathOpt's model and as HiGHS has it. How many entries they have follows from a layer's operators, weights and candidates. Where the rule
-that keeps everything fits the budget, nothing is priced.
+Most of it are the programs of layer types under which columns are priced (`tightfit.planner.solve.pricing`): as
+Python's arrays, as MathOpt's model and as HiGHS has it. How many entries they have follows from a layer's operators,
+weights and candidates. Where the rule that keeps everything fits the budget, nothing is priced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ SOLVER_BYTES = 49 * MIB
 STEP_BYTES = 4 << 10
 """of each operator of the step in schedules and plans"""
 SEARCH_BYTES = 50 * MIB
-"""of the search beside the programs: columns, the master program, rounding, HiGHS itself, and CP-SAT, which packs the arena where that is hard"""
+"""of the search beside the programs: columns, the master program, rounding, HiGHS itself, and CP-SAT, which packs the
+arena where that is hard
+"""
 ENTRY_BYTES = 280
 """of each entry of a layer's program"""
 COMFORTABLY = 0.95
@@ -30,7 +32,9 @@ COMFORTABLY = 0.95
 
 
 def planning_bytes(profile: Profile, budget_bytes: int, options: PlanOptions) -> int:
-    """Most bytes that planning the profile of a model at a budget adds to those that a process holds which has read it."""
+    """Most bytes that planning the profile of a model at a budget adds to those that a process holds which has read
+    it.
+    """
     problem = layered(profile)
     needed = SOLVER_BYTES + STEP_BYTES * len(problem.graph.steps)
     if options.policy in {None, "solver", MOBILLM} and not _keeps_all(problem, budget_bytes):
@@ -45,7 +49,9 @@ def _keeps_all(problem: LayeredStep, budget_bytes: int) -> bool:
 
 
 def _priced(problem: LayeredStep) -> list[LayerType]:
-    """The layer types that have a program: of those that differ only in what an evaluation leaves one stands for all."""
+    """The layer types that have a program: of those that differ only in what an evaluation leaves one stands for
+    all.
+    """
     kinds: list[LayerType] = []
     for kind in problem.types:
         alike = replace(kind, leaves_evaluate=frozenset())
@@ -55,8 +61,8 @@ def _priced(problem: LayeredStep) -> list[LayerType]:
 
 
 def _entries(kind: LayerType) -> int:
-    """Entries of a layer's program, within a tenth: a row for each operator of a window and for each weight that is first used
-    there, over what each weight, candidate and state may hold then.
+    """Entries of a layer's program, within a tenth: a row for each operator of a window and for each weight that is
+    first used there, over what each weight, candidate and state may hold then.
     """
     weights, candidates = len(kind.weights), len(kind.candidates)
     modes = sum(len(weight.modes) for weight in kind.weights.values())

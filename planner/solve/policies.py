@@ -1,7 +1,7 @@
 """Fixed rules that yield a plan without a solver: the baselines.
 
-They differ from the solver's plans in the decisions only; lowering, prefetching, arena and simulation are the same. Those
-in `POLICIES` follow the exact gradient, as the solver's plans do, and give the same results to the bit. Those in
+They differ from the solver's plans in the decisions only; lowering, prefetching, arena and simulation are the same.
+Those in `POLICIES` follow the exact gradient, as the solver's plans do, and give the same results to the bit. Those in
 `APPROXIMATE` follow another one, take another time for it, and learn differently. `MOBILLM` trains a side network on a
 server instead: its step is the forward that a device computes for it, and the solver decides about that forward.
 """
@@ -87,20 +87,22 @@ POLICIES: dict[str, Rule] = {
     "mesp": mesp,
 }
 SEGMENTED: dict[str, Callable[[LayeredStep], Segments]] = {"checkpoint-sqrt": sqrt_segments}
-"""Rules under which runs of layers go forward twice. checkpoint-sqrt (Chen et al., arXiv 1604.06174): of about √n layers
-the input stays; before their backward they run again and keep what it reads. The last ones, whose backward follows their
-forward, keep what they have.
+"""Rules under which runs of layers go forward twice. checkpoint-sqrt (Chen et al., arXiv 1604.06174): of about √n
+layers the input stays; before their backward they run again and keep what it reads. The last ones, whose backward
+follows their forward, keep what they have.
 """
 APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
     "mezo": lambda profile: (two_forwards(profile),),
     "lcsb": lcsb_cycle,
 }
-"""mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Decisions are those of `mebp`."""
+"""mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Decisions are those of
+`mebp`.
+"""
 
 
 def approximate_of(profile: Profile) -> tuple[str, ...]:
-    """Names of the rules whose results are not those of the exact gradient and that can be planned for a profile: those in
-    `APPROXIMATE`, which move trained tensors after every step, and `MOBILLM`.
+    """Names of the rules whose results are not those of the exact gradient and that can be planned for a profile: those
+    in `APPROXIMATE`, which move trained tensors after every step, and `MOBILLM`.
     """
     refused = refused_of(profile)
     names = (*APPROXIMATE, MOBILLM)
@@ -175,8 +177,8 @@ def _decision(
     *,
     trained: Callable[[tuple[WeightMode, ...]], WeightMode] | None = None,
 ) -> Decision:
-    """The decision that keeps `keep`, with weights in the `mode` that is chosen from theirs. What is trained stays in memory,
-    as optimizer states do, unless `trained` chooses otherwise.
+    """The decision that keeps `keep`, with weights in the `mode` that is chosen from theirs. What is trained stays in
+    memory, as optimizer states do, unless `trained` chooses otherwise.
     """
     of_trained = trained or _unpacked
     return Decision(

@@ -1,10 +1,10 @@
 """Columns of the master problem: one layer type's decisions with their figures, found by pricing.
 
-The pricing problem asks for the decision of a layer type that is cheapest at given prices of its figures (`FIELDS`): a mixed-integer
-program. Each solution also proves that no decision is cheaper, and such a proof says something about other prices: the least cost
-is concave in the prices and figures are never negative, so all proofs together are an outer description of the figures that the
-layer type can have (`FigureHull`). Layers, and budgets, at prices between those asked before need no program of their own. Numbers in
-brackets are those of the blocks in docs/formulation.md.
+The pricing problem asks for the decision of a layer type that is cheapest at given prices of its figures (`FIELDS`): a
+mixed-integer program. Each solution also proves that no decision is cheaper, and such a proof says something about
+other prices: the least cost is concave in the prices and figures are never negative, so all proofs together are an
+outer description of the figures that the layer type can have (`FigureHull`). Layers, and budgets, at prices between
+those asked before need no program of their own. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ class ColumnPool:
         return self.hulls[self.stand_in[kind]].bound(prices)
 
     def add(self, kind: int, decision: Decision) -> bool:
-        """Add the decision's column, with figures counted on its schedule; whether it is new and no column is as good in every figure."""
+        """Add the decision's column, with figures counted on its schedule; whether it is new and no column is as good
+        in every figure.
+        """
         if (kind, decision) in self._tried:
             return False
         self._tried.add((kind, decision))
@@ -177,7 +179,8 @@ class ColumnPool:
         return float(np.min(self.answers[self.stand_in[kind]] @ prices, initial=INFINITY))
 
     def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
-        """(19) Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
+        """(19) Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of
+        its cost.
 
         Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
         """
@@ -200,8 +203,8 @@ class ColumnPool:
         return kind in new
 
     def improve(self, kind: int, prices: Prices, seconds: float) -> bool:
-        """Add the cheapest decision at `prices` that changing one fate at a time leads to, from the cheapest column known that stores all
-        that cannot be made again; whether it is new.
+        """Add the cheapest decision at `prices` that changing one fate at a time leads to, from the cheapest column
+        known that stores all that cannot be made again; whether it is new.
 
         For layers whose program takes too long to build. It proves nothing, and ends after `seconds`.
         """
@@ -232,8 +235,8 @@ class ColumnPool:
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
 
-        Pricing alone finds vertices of the convex hull of a layer's figures; where the master mixes two of them, this is a whole
-        column near the mixture. Raises TimeoutError where `seconds` do not suffice.
+        Pricing alone finds vertices of the convex hull of a layer's figures; where the master mixes two of them, this
+        is a whole column near the mixture. Raises TimeoutError where `seconds` do not suffice.
         """
         block = self.block(self.stand_in[kind], seconds)
         limited = (block.most_between, block.most_outside)
@@ -262,7 +265,9 @@ def _decided_together(kind: LayerType) -> list[frozenset[str]]:
 
 
 def _other_fates(kind: LayerType, decision: Decision, group: frozenset[str]) -> Iterator[Decision]:
-    """The decisions under which all of `group` is kept, or offloaded as far as it may be, or made again where it can be."""
+    """The decisions under which all of `group` is kept, or offloaded as far as it may be, or made again where it can
+    be.
+    """
     keep, offload = decision.keep - group, decision.offload - group
     to_disk = group & kind.offloadable
     fates = [(keep | group, offload), (keep | group - to_disk, offload | to_disk)]
@@ -274,6 +279,8 @@ def _other_fates(kind: LayerType, decision: Decision, group: frozenset[str]) -> 
 
 
 def _undercuts(stand_in: LayerType, other: LayerType) -> bool:
-    """Whether no decision costs `stand_in` more than `other`: they differ only in what an evaluation leaves, `stand_in` no more."""
+    """Whether no decision costs `stand_in` more than `other`: they differ only in what an evaluation leaves, `stand_in`
+    no more.
+    """
     leaves_no_more = stand_in.leaves_evaluate <= other.leaves_evaluate
     return leaves_no_more and replace(stand_in, leaves_evaluate=other.leaves_evaluate) == other

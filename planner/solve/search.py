@@ -1,4 +1,6 @@
-"""The search at any budget, and for the smallest one: columns that `column_generation` finds, realised as schedules in a time limit."""
+"""The search at any budget, and for the smallest one: columns that `column_generation` finds, realised as schedules in
+a time limit.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
 RULES_SHARE = 0.25
 """share of the time limit, at most, that is left to realise fixed rules; where they take more, they come first"""
 NEAR = 1e-3
-"""a fixed rule whose computation takes at most this share longer than the bound of any schedule is realised before anything is searched for"""
+"""a fixed rule whose computation takes at most this share longer than the bound of any schedule is realised before
+anything is searched for
+"""
 EARLY_GAP = 3e-3
 """relative gap of a mixture to the bound up to which whole columns near the mixture may make a good plan"""
 EARLY_CHOICES = 4
@@ -90,7 +94,9 @@ class Solver:
         self._lowest_proven = False
         """whether the search for it came to its end"""
         self._by_clock = False
-        """whether the clock has ended any search: columns that are there by chance are then not tried before a budget's own are priced"""
+        """whether the clock has ended any search: columns that are there by chance are then not tried before a budget's
+        own are priced
+        """
 
     @cached_property
     def pool(self) -> ColumnPool:
@@ -124,7 +130,9 @@ class Solver:
 
     @cached_property
     def careful(self) -> MasterLp:
-        """The restricted master problem under constraints that plans can really keep: it guides the choice of columns."""
+        """The restricted master problem under constraints that plans can really keep: it guides the choice of
+        columns.
+        """
         return MasterLp(self.pool, careful=True)
 
     def room(self, budget_bytes: int) -> int:
@@ -155,8 +163,8 @@ class Solver:
     def solve(
         self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0, gap: float = 0.0
     ) -> SearchResult:
-        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that no schedule undercuts; `gap`: the share
-        of its time by which a schedule may be slower than the best and still end the search.
+        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that no schedule undercuts;
+        `gap`: the share of its time by which a schedule may be slower than the best and still end the search.
 
         Raises KeyboardInterrupt only where there is no schedule yet.
         """
@@ -242,7 +250,9 @@ class Solver:
         return search.bound(lower) if limit_kept else None
 
     def _in_the_class(self, attempt: BudgetSearch) -> None:
-        """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of them."""
+        """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of
+        them.
+        """
         if self._one_program:
             self._jointly(attempt)
         else:
@@ -327,8 +337,8 @@ class Solver:
             attempt.timely = attempt.timely and finer.timely
 
     def _early(self, attempt: BudgetSearch, search: ColumnGeneration) -> bool:
-        """A few choices among the columns known so far by the local search alone, where a mixture of them comes near the bound; whether
-        that gave a schedule.
+        """A few choices among the columns known so far by the local search alone, where a mixture of them comes near
+        the bound; whether that gave a schedule.
         """
         quick = replace(search, deadline=attempt.deadline, thorough=False)
         seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
@@ -340,8 +350,8 @@ class Solver:
     def _carefully(
         self, attempt: BudgetSearch, relaxed: ColumnGeneration, careful: ColumnGeneration, *, chosen: bool
     ) -> None:
-        """Choose columns priced under constraints that plans can really keep, or where memory is too short for these, under the relaxed
-        ones unless columns are `chosen` already.
+        """Choose columns priced under constraints that plans can really keep, or where memory is too short for these,
+        under the relaxed ones unless columns are `chosen` already.
         """
         relaxed_first = chosen or not self.options.careful or not careful.keeps_limit()
         if relaxed_first and not chosen:
@@ -354,7 +364,8 @@ class Solver:
                 careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
         if not self.options.careful:
             return
-        # Where memory is too tight for prefetching, the relaxed choice is all there is; where it is nearly so, one more.
+        # Where memory is too tight for prefetching, the relaxed choice is all there is; where it is nearly so, one
+        # more.
         lower, _, limit_kept = careful.columns()
         attempt.timely = attempt.timely and careful.timely
         careful.deadline = relaxed.deadline = attempt.deadline
@@ -364,7 +375,8 @@ class Solver:
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: BudgetSearch, any_bound: float, most: float = float("inf")) -> None:
-        """Realise each fixed rule that fits and may be faster: as far as there is time for it, no plan is slower than one of them.
+        """Realise each fixed rule that fits and may be faster: as far as there is time for it, no plan is slower than
+        one of them.
 
         `most`: seconds that a rule's computation may take at most.
         """
@@ -393,7 +405,8 @@ class Solver:
 
     def _greedily(self, attempt: BudgetSearch) -> None:
         reserve = attempt.reserve
-        # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the same.
+        # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the
+        # same.
         limit = attempt.limit - reserve
         columns = greedy(self.problem, self.pool, limit)
         if columns is None:
@@ -411,8 +424,8 @@ class Solver:
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def reaches(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether the budget is at least the smallest one, as far as can be told in time: surely where a plan is known that fits, most
-        likely where a mixture of columns takes clearly less; else as `lowest_schedule` says.
+        """Whether the budget is at least the smallest one, as far as can be told in time: surely where a plan is known
+        that fits, most likely where a mixture of columns takes clearly less; else as `lowest_schedule` says.
         """
         if any(schedule.peak_bytes <= budget_bytes for schedule in self._known):
             return True

@@ -1,8 +1,8 @@
 """Descriptions of devices other than this machine: the figures that the roofline estimate needs, each with its source.
 
 The known devices are the JSON files in ``profiles/devices``; users can pass a file of their own in the same form. A
-profile made for such a device says that it is estimated (`DeviceFigures.measured` is False), and so does every plan made from
-it.
+profile made for such a device says that it is estimated (`DeviceFigures.measured` is False), and so does every plan
+made from it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class DeviceDescription(FrozenRecord):
     write: Channel
     shared_disk: bool = Field(True, description="reads and writes share the bandwidth")
     sources: dict[str, str] = Field(
-        description=f"figure -> where it comes from, opening with one of {', '.join(k.strip() for k in KINDS_OF_SOURCE)}"
+        description=(
+            f"figure -> where it comes from, opening with one of {', '.join(k.strip() for k in KINDS_OF_SOURCE)}"
+        )
     )
 
     @model_validator(mode="after")
@@ -98,8 +100,8 @@ def find_device(name: str) -> DeviceDescription:
     if name.endswith(".json"):
         return _load(Path(name))
     raise InputError(
-        f"no device is called {name!r}; choose cpu (this machine, measured), one of {', '.join(names)} (estimated), or a"
-        " JSON file that describes a device"
+        f"no device is called {name!r}; choose cpu (this machine, measured), one of {', '.join(names)} (estimated), or"
+        " a JSON file that describes a device"
     )
 
 

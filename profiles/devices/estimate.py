@@ -2,9 +2,9 @@
 bytes.
 
 Source of the model: Williams, Waterman and Patterson 2009, "Roofline". A profile made this way says so
-(`DeviceFigures.measured` is False). An operator takes the longer of its arithmetic and its memory traffic, plus the fixed cost
-of a call. On a CPU, tightfit's fused operators pass over their tensors more than once; how often was measured once
-(`PASSES`, `EFFICIENCY`) and is assumed to be the same on every CPU.
+(`DeviceFigures.measured` is False). An operator takes the longer of its arithmetic and its memory traffic, plus the
+fixed cost of a call. On a CPU, tightfit's fused operators pass over their tensors more than once; how often was
+measured once (`PASSES`, `EFFICIENCY`) and is assumed to be the same on every CPU.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ PASSES = {
 }
 """Passes over memory per fused operator: its time, without its matrix products unless they are narrow, divided by the
 time of an addition that touches as many bytes. Measured on Zen 4 with the shapes of Qwen2.5-0.5B and SmolLM2-135M;
-norms, gates, attention and head were later scaled by how their times changed on Zen 5. Dropout, with a C compiler, on one
-Zen 5 core with 256 x 896; DoRA's with the shapes of the same two models, 256 tokens and rank 8, on one core like it; slices of trained tables on one
-core of Zen 4, 2048 x 576 and 1024 x 896 with 256 tokens, of which an embedding's slice has one in 24."""
+norms, gates, attention and head were later scaled by how their times changed on Zen 5. Dropout, with a C compiler, on
+one Zen 5 core with 256 x 896; DoRA's with the shapes of the same two models, 256 tokens and rank 8, on one core like
+it; slices of trained tables on one core of Zen 4, 2048 x 576 and 1024 x 896 with 256 tokens, of which an embedding's
+slice has one in 24.
+"""
 EFFICIENCY = {
     "tightfit.attention": 1.5,
     "tightfit.attention_backward": 1.45,
@@ -82,7 +84,9 @@ UNPACK_PASSES = {
 }
 """Time to unpack weights divided by that of an addition that touches as many bytes, by store format. That of q4 was
 measured like `PASSES`; the others' follow from their time beside that of q4 for 1024 x 4096 elements to bfloat16 on one
-core of an AMD EPYC. Formats that are not named are copied in one pass; a profile that states none is taken to be in q4."""
+core of an AMD EPYC. Formats that are not named are copied in one pass; a profile that states none is taken to be in
+q4.
+"""
 UPDATE_PASSES = 7
 """Tensor-sized reads and writes of one AdamW update: reads parameter, gradient and two states; writes the parameter and
 both states."""
@@ -99,16 +103,19 @@ FLOAT32_INSIDE = {
 """Operators that compute in float32 on a CPU whatever their inputs' dtype, with the index of the output that is their
 float32 scratch. Traffic to the scratch is left out of the bytes they touch, because `PASSES` already includes it."""
 TILES = {"tightfit.tile_attention": (1, 4), "tightfit.tile_attention_backward": (2, 9)}
-"""Attention of a tile to the tiles before it -> the places of the arguments that are the keys of all tiles, and the number of
-heads."""
+"""Attention of a tile to the tiles before it -> the places of the arguments that are the keys of all tiles, and the
+number of heads.
+"""
 TABLES = {"tightfit.table_head": (9, 3), "tightfit.table_head_backward": (11, 6)}
-"""Operators of a trained head -> the place of the argument that says whether logits are rounded, and that of the output that
-is their scratch."""
+"""Operators of a trained head -> the place of the argument that says whether logits are rounded, and that of the output
+that is their scratch.
+"""
 SLICES = {"tightfit.table_rows": 1, "tightfit.table_rows_backward": 1}
 """Operators of a trained embedding -> the place of the input that is a slice, of which few rows are read, or none."""
 BLOCKS = {"tightfit.dora_norm": 1, "tightfit.dora_scale": 1, "tightfit.dora_scale_backward": 2}
-"""Operators that go through their rows in blocks, with the index of the output that is the scratch for a block, which stays in
-cache: traffic to it is left out of the bytes they touch."""
+"""Operators that go through their rows in blocks, with the index of the output that is the scratch for a block, which
+stays in cache: traffic to it is left out of the bytes they touch.
+"""
 MIB = 1 << 20
 NARROW = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 

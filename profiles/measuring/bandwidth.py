@@ -70,8 +70,8 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
 def measure_transfers(
     channel: TransferChannel, transfers: Mapping[str, Transfer], address: int, workload: LayerWorkload
 ) -> dict[str, dict[str, Any]]:
-    """`TransferChannel` fields for each kind of transfer, measured while `workload` computes and `QUEUED` transfers wait in the queue, as in a
-    run.
+    """`TransferChannel` fields for each kind of transfer, measured while `workload` computes and `QUEUED` transfers
+    wait in the queue, as in a run.
 
     Latency and seconds per byte are those of the line through the mean times of small and of large transfers. A
     transfer takes longer during a computation than alone, because its thread waits for a core and for Python's lock. It
@@ -79,9 +79,9 @@ def measure_transfers(
     The compute time lost is the time of the groups that run during the transfers minus that of as many groups at the
     speed of one that ran alone just before.
 
-    Waiting for a core may take small transfers as long as large ones, so that the line between them gives more bytes per second than
-    any disk moves. No transfer is faster during a computation than alone; where the line says so, the bandwidth is that of transfers
-    alone, and the latency what large transfers took beside it.
+    Waiting for a core may take small transfers as long as large ones, so that the line between them gives more bytes
+    per second than any disk moves. No transfer is faster during a computation than alone; where the line says so, the
+    bandwidth is that of transfers alone, and the latency what large transfers took beside it.
     """
     kinds = list(itertools.product(transfers, SIZES))
     seconds_of: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
@@ -124,7 +124,9 @@ def measure_transfers(
 
 
 def _mean(seconds: Sequence[float]) -> float:
-    """The mean without the tenth that took longest: the queue's time is a sum, but not of what the machine did otherwise."""
+    """The mean without the tenth that took longest: the queue's time is a sum, but not of what the machine did
+    otherwise.
+    """
     undisturbed = sorted(seconds)[: max(1, len(seconds) - len(seconds) // 10)]
     return statistics.fmean(undisturbed)
 
@@ -174,7 +176,9 @@ def _beside_work(
 
 
 def reference_seconds() -> float:
-    """Seconds of a computation that is the same for all models, by which the machine can be compared with what it was before."""
+    """Seconds of a computation that is the same for all models, by which the machine can be compared with what it was
+    before.
+    """
     workload = LayerWorkload(torch.bfloat16)
     seconds = []
     for _ in range(REFERENCE_TURNS):

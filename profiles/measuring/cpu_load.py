@@ -39,8 +39,8 @@ def _now() -> float:
 class OtherPrograms:
     """Counts the cores that other programs use from now on, among those that this process may use.
 
-    Child processes of this one count as other programs until they have ended and been waited for. What this process becomes by
-    `exec` can go on counting with the same fields.
+    Child processes of this one count as other programs until they have ended and been waited for. What this process
+    becomes by `exec` can go on counting with the same fields.
     """
 
     began: float = field(default_factory=_now)
@@ -73,8 +73,8 @@ def taken_now(threads: int, seconds: float = LOOK_SECONDS) -> float:
 def wait_for_cores(
     threads: int, tell: Callable[[str], None], progress: Callable[[str, int, int], None] | None = None
 ) -> None:
-    """Wait until other programs leave `threads` threads the cores, at most `WAIT_SECONDS`. `tell` is called with what people should
-    know, `progress` as progress(stage, seconds waited, most seconds).
+    """Wait until other programs leave `threads` threads the cores, at most `WAIT_SECONDS`. `tell` is called with what
+    people should know, `progress` as progress(stage, seconds waited, most seconds).
     """
     taken, began, most = taken_now(threads), _now(), round(WAIT_SECONDS)
     if not crowded(taken, threads):

@@ -1,9 +1,9 @@
 """What a CPU quota leaves of the cores (Linux cgroups, v1 or v2: containers with `--cpus`, services with `CPUQuota`).
 
-A process under a quota computes at full speed until its share of a period (mostly 0.1 s) is used up, and then stands still
-until the next one. An operator that is timed alone mostly meets none of these pauses, a training step meets all of them.
-So operators are timed by a clock that stands still with the process (`QuotaClock`), and their seconds multiplied by what the
-quota costs (`slowdown`).
+A process under a quota computes at full speed until its share of a period (mostly 0.1 s) is used up, and then stands
+still until the next one. An operator that is timed alone mostly meets none of these pauses, a training step meets all
+of them. So operators are timed by a clock that stands still with the process (`QuotaClock`), and their seconds
+multiplied by what the quota costs (`slowdown`).
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ def useful_threads(cores: int, quota: float | None) -> int:
 
 
 def slowdown(threads: int, quota: float | None) -> float:
-    """By what factor a computation with so many threads takes longer than in a moment in which the quota is not used up."""
+    """By what factor a computation with so many threads takes longer than in a moment in which the quota is not used
+    up.
+    """
     return 1.0 if quota is None else max(1.0, threads / quota)
 
 
 class QuotaClock:
     """Seconds in which this process was not held up by a quota, for a computation with `threads` threads.
 
-    The kernel counts what it held up on one processor after the other, once it goes on, so that a single difference of two
-    readings may be wrong, and even negative: take the median of several.
+    The kernel counts what it held up on one processor after the other, once it goes on, so that a single difference of
+    two readings may be wrong, and even negative: take the median of several.
     """
 
     def __init__(self, threads: int, mount: Path = MOUNT, own: Path = Path("/proc/self/cgroup")) -> None:

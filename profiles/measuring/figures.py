@@ -11,9 +11,10 @@ from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights.layout import Header
 
 CHOSEN_CODE_BYTES = 1 << 20
-"""Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm, LSTM, losses of pairs), which
-is mapped when they first run: the process that measures the floor does not run them. A run of a tiny model with DoRA held 0.1 MiB
-more than its plan said without it."""
+"""Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm, LSTM, losses of
+pairs), which is mapped when they first run: the process that measures the floor does not run them. A run of a tiny
+model with DoRA held 0.1 MiB more than its plan said without it.
+"""
 CHOSEN = tuple(f"tightfit.{name}" for name in ("dropout", "dora_", "table_", "batch_norm", "lstm", "preference"))
 """Prefixes of the operators that `CHOSEN_CODE_BYTES` is for."""
 
@@ -26,7 +27,9 @@ def unmeasured(traced: TracedStep, device: DeviceFigures, fingerprint: str) -> P
 def measured(
     traced: TracedStep, figures: Mapping[str, Any], threads: int, fingerprint: str, store: Header | None
 ) -> Profile:
-    """The profile of a traced step with the `figures` that `measure` returned. `store` has the model's weights, if it has any."""
+    """The profile of a traced step with the `figures` that `measure` returned. `store` has the model's weights, if it
+    has any.
+    """
     stored = (None, None) if store is None else (str(store.path), store.fingerprint)
     model = {"store": stored[0], "store_fingerprint": stored[1], "compared": figures["compared"]}
     fields = dict(traced) | {

@@ -1,7 +1,7 @@
 """Measures the floor of runs, in processes started for it, and sends the result of measuring.
 
-The process that has measured everything else becomes this one (``python -m tightfit.profiles.measuring.floor DESCRIPTOR``, exec), so that
-none of its memory is held beside theirs.
+The process that has measured everything else becomes this one (``python -m tightfit.profiles.measuring.floor
+DESCRIPTOR``, exec), so that none of its memory is held beside theirs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tightfit.runtime.supervision.training_process import command
 
 
 def become(folder: str, request: dict[str, Any], result: dict[str, Any], held_bytes: int, steps: Steps) -> NoReturn:
-    """Go on as the process that measures the floor and sends the `result` with it. `request` is the worker's, with what was found about
-    its operators; `held_bytes` what this process has held so far.
+    """Go on as the process that measures the floor and sends the `result` with it. `request` is the worker's, with what
+    was found about its operators; `held_bytes` what this process has held so far.
     """
     state = [request, result, held_bytes, steps.done, steps.total]
     descriptor = nameless_file(folder)
@@ -57,7 +57,9 @@ def main() -> int:
 
 
 def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]], steps: Steps) -> dict[str, Any]:
-    """`Floor` fields in bytes: of an idle run, with what the operators of all programs leave behind. `figures` are theirs."""
+    """`Floor` fields in bytes: of an idle run, with what the operators of all programs leave behind. `figures` are
+    theirs.
+    """
     programs, threads = request["programs"], request["threads"]
     kept = KeptFigures.of_request(request)
 
@@ -83,7 +85,9 @@ def measure_floor(request: dict[str, Any], figures: dict[str, list[list[float]]]
     kept.save()  # bytes do not depend on what else the cores do
 
     def largest_workspace(chosen: Callable[[int, int], bool]) -> float:
-        """Of the operators of PyTorch's own among those that are chosen by the indices of their program and of themselves."""
+        """Of the operators of PyTorch's own among those that are chosen by the indices of their program and of
+        themselves.
+        """
         return max(
             (
                 figures[program["name"]][index][1]

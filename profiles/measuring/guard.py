@@ -73,8 +73,8 @@ def check_program(
     *,
     stand_in: Callable[[int], int | None] = lambda number: None,
 ) -> list[bool]:
-    """`OutputGuard.check` of every operator of a program, in order. One that has a `stand_in`, by their numbers, is not run and is said
-    to be like that. Raises InputError for one that cannot be run.
+    """`OutputGuard.check` of every operator of a program, in order. One that has a `stand_in`, by their numbers, is not
+    run and is said to be like that. Raises InputError for one that cannot be run.
     """
     values = {value["name"]: value for value in program["values"]}
     copied: list[bool] = []
@@ -103,8 +103,8 @@ def _faithful(
     *,
     compare: bool,
 ) -> bool:
-    """Whether the operator, given outputs that cannot be resized, fills them with `expected` and leaves the bytes around
-    them alone.
+    """Whether the operator, given outputs that cannot be resized, fills them with `expected` and leaves the bytes
+    around them alone.
 
     Without `compare` only the bytes around the outputs are checked.
     """
@@ -116,8 +116,8 @@ def _faithful(
             outputs.append(None)
             continue
         end = GUARD_BYTES + _span(tensor)
-        # The arena goes on behind the output for whatever a kernel may write there; pages that are never touched take no
-        # memory.
+        # The arena goes on behind the output for whatever a kernel may write there; pages that are never touched take
+        # no memory.
         arena = Arena(end + GUARD_BYTES + largest_bytes)
         guards.extend(arena.raw(offset, GUARD_BYTES).fill_(PATTERN) for offset in (0, end))
         flat = arena.raw(GUARD_BYTES, _span(tensor)).fill_(UNWRITTEN).view(tensor.dtype)

@@ -1,10 +1,11 @@
-"""Figures that belong to the machine and not to a model, kept in the cache from one profile to the next: an operator on tensors of
-some sizes, a weight of some shape, the disk, an idle process are measured once.
+"""Figures that belong to the machine and not to a model, kept in the cache from one profile to the next: an operator on
+tensors of some sizes, a weight of some shape, the disk, an idle process are measured once.
 
-There is a file for each machine as it is: its processor, kernel, PyTorch, threads and the code that measures are in the file's name.
-Times are kept only where no other programs took the cores meanwhile, and are taken only while the machine is as fast as it was then,
-by a reference computation that each profile times. Bytes depend on neither: two profiles that are measured one after the other have the
-same floor, so that what the second needs less is its step's, and not how a process happened to lie in memory.
+There is a file for each machine as it is: its processor, kernel, PyTorch, threads and the code that measures are in the
+file's name. Times are kept only where no other programs took the cores meanwhile, and are taken only while the machine
+is as fast as it was then, by a reference computation that each profile times. Bytes depend on neither: two profiles
+that are measured one after the other have the same floor, so that what the second needs less is its step's, and not how
+a process happened to lie in memory.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from tightfit.runtime.common.files import read_whole, write_whole
 LONGEST_SECONDS = 14 * 24 * 3600.0
 """age from which a figure is measured anew"""
 DIFFERENT = 0.15
-"""share by which the reference may differ: a step is predicted within 5 % where nothing else runs, and the reference, a tenth of a
-second long, spreads more"""
+"""share by which the reference may differ: a step is predicted within 5 % where nothing else runs, and the reference, a
+tenth of a second long, spreads more
+"""
 OF_BYTES = ("floor ", "kernels ", "workspace ")
 """kinds of figures that are bytes, which do not depend on how fast the machine is"""
 MOST_KEPT = 8192
@@ -39,8 +41,8 @@ class KeptFigures:
     def __init__(
         self, path: Path | None, *, turning_bytes: int = 0, anew: bool = False, now: Callable[[], float] = time.time
     ) -> None:
-        """`path`: where they are kept; None: nowhere. `turning_bytes`: of the buffers with which times are measured; a time that was
-        measured with smaller ones does not count. `anew`: take nothing that was measured before.
+        """`path`: where they are kept; None: nowhere. `turning_bytes`: of the buffers with which times are measured; a
+        time that was measured with smaller ones does not count. `anew`: take nothing that was measured before.
         """
         self.path, self.turning_bytes, self._now = path, turning_bytes, now
         self.reference: float | None = None
@@ -82,8 +84,8 @@ class KeptFigures:
         return self.note(kind, key, measure()) if known is None else known
 
     def save(self, busy_cores: float = 0.0, threads: int = 1) -> None:
-        """Keep all figures, unless other programs took so many cores while they were measured that times are too long. A cache that
-        cannot be written is no error.
+        """Keep all figures, unless other programs took so many cores while they were measured that times are too long.
+        A cache that cannot be written is no error.
         """
         if self.path is None or crowded(busy_cores, threads):
             return

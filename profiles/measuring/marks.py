@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def marks(device: DeviceFigures) -> list[str]:
-    """Reasons to doubt the figures, in words: other programs kept the cores busy, a bandwidth could not be measured, PyTorch is
-    newer than this code.
+    """Reasons to doubt the figures, in words: other programs kept the cores busy, a bandwidth could not be measured,
+    PyTorch is newer than this code.
     """
     doubts = []
     if crowded(device.busy_cores, device.threads):

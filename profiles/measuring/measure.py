@@ -49,18 +49,19 @@ def measure(
     - `busy_cores`: cores that other programs took meanwhile
     - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
     - `compared`: what the `comparison` concluded, or why it was not made; None without one
-    - `held_bytes`, `predicted_bytes`: most that the processes which measured have held at once, and what was predicted of it
+    - `held_bytes`, `predicted_bytes`: most that the processes which measured have held at once, and what was predicted
+      of it
 
     `layers` say how often a step runs each program: those that take more of it are measured for longer.
 
-    `kept` is the file with what earlier profiles have measured on this machine (`tightfit.profiles.measuring.kept_figures`), of which
-    nothing is taken if all is measured `anew`.
+    `kept` is the file with what earlier profiles have measured on this machine
+    (`tightfit.profiles.measuring.kept_figures`), of which nothing is taken if all is measured `anew`.
 
-    Tensors of equal shape and format are measured once. `memory` are the bytes that the measuring processes may hold; None: what they
-    are best with (`tightfit.profiles.measuring.memory`), about the tensors of the largest program, placed by their lifetimes, or 64 MiB,
-    and PyTorch. Needs 64 MiB of disk in `scratch`, which must lie on the disk that will hold the weights. Raises InputError if `memory`
-    is too little, RunError with the last line of the process's stderr if it fails, and whatever the comparison raises,
-    before anything is timed.
+    Tensors of equal shape and format are measured once. `memory` are the bytes that the measuring processes may hold;
+    None: what they are best with (`tightfit.profiles.measuring.memory`), about the tensors of the largest program,
+    placed by their lifetimes, or 64 MiB, and PyTorch. Needs 64 MiB of disk in `scratch`, which must lie on the disk
+    that will hold the weights. Raises InputError if `memory` is too little, RunError with the last line of the
+    process's stderr if it fails, and whatever the comparison raises, before anything is timed.
     """
     programs, tensors = list(programs), list(tensors)
     scratch.mkdir(parents=True, exist_ok=True)

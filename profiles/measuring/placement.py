@@ -1,8 +1,10 @@
-"""Where the tensors of a program lie while its operators are measured: in one arena, placed by their lifetimes as in a run.
+"""Where the tensors of a program lie while its operators are measured: in one arena, placed by their lifetimes as in a
+run.
 
-What an operator makes lives from the operator that writes it first to the one that reads it last, and shares its bytes with what
-lives at other times: every round makes it anew. What no operator makes keeps its bytes, and so its contents, for all rounds. Weights
-are windows in a pool of random numbers, at offsets that go round it, so that each has left the cache when its turn comes.
+What an operator makes lives from the operator that writes it first to the one that reads it last, and shares its bytes
+with what lives at other times: every round makes it anew. What no operator makes keeps its bytes, and so its contents,
+for all rounds. Weights are windows in a pool of random numbers, at offsets that go round it, so that each has left the
+cache when its turn comes.
 
 Standard library only: bytes are counted before anything is started.
 """
@@ -61,8 +63,8 @@ def aligned(size: int) -> int:
 
 
 def place(program: Mapping[str, Any], weight_bytes: int | None = None) -> Placement:
-    """The places of a program's tensors (a profile's, as a dict). All pools together take `weight_bytes` at most where the largest
-    weight of each dtype allows it; None: as many as `WEIGHT_BUFFERS` asks for.
+    """The places of a program's tensors (a profile's, as a dict). All pools together take `weight_bytes` at most where
+    the largest weight of each dtype allows it; None: as many as `WEIGHT_BUFFERS` asks for.
     """
     values = {value["name"]: value for value in program["values"]}
     lives = lifetimes(program, values)
@@ -91,8 +93,8 @@ def place(program: Mapping[str, Any], weight_bytes: int | None = None) -> Placem
 
 
 def first_fit(tensors: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
-    """Offsets of tensors, each given as (bytes, first, last): the largest first, each at the lowest offset at which it overlaps none
-    whose life, both ends included, meets its own.
+    """Offsets of tensors, each given as (bytes, first, last): the largest first, each at the lowest offset at which it
+    overlaps none whose life, both ends included, meets its own.
     """
     placed: list[tuple[int, int, int, int]] = []  # (offset, end, first, last), by offset
     offsets = {}
@@ -110,9 +112,11 @@ def first_fit(tensors: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
 
 
 def lifetimes(program: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """(position of the operator that writes it first, position of the one that uses it last) of every tensor that operators make.
+    """(position of the operator that writes it first, position of the one that uses it last) of every tensor that
+    operators make.
 
-    Left out is what an operator reads before any has written it, and what has bytes between its elements, which no operator writes.
+    Left out is what an operator reads before any has written it, and what has bytes between its elements, which no
+    operator writes.
     """
     lives: dict[str, tuple[int, int]] = {}
     given = {value["name"] for value in values.values() if value["kind"] == "weight" or not _dense(value)}
@@ -144,7 +148,9 @@ def weights_of(program: Mapping[str, Any], values: Mapping[str, Mapping[str, Any
 
 
 def _windows(group: WeightsOfDtype, start: int, size: int) -> dict[str, int]:
-    """Offsets of weights, one behind the other in `size` bytes from `start` on, and again from the start at the end of them."""
+    """Offsets of weights, one behind the other in `size` bytes from `start` on, and again from the start at the end of
+    them.
+    """
     offsets, place = {}, 0
     for name, own in group.sizes.items():
         if place + own > size:

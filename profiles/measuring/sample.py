@@ -1,7 +1,9 @@
-"""Which operators of a program in tiles are run to measure it: those of three tiles. The figures of the others follow from theirs.
+"""Which operators of a program in tiles are run to measure it: those of three tiles. The figures of the others follow
+from theirs.
 
-Operators that do the same in every tile take the same time. The attention of the n-th tile attends to n tiles: from the second on it takes
-the same products more often, so that its time grows evenly. Running all tiles of a long text would take as long as a step, many times over.
+Operators that do the same in every tile take the same time. The attention of the n-th tile attends to n tiles: from the
+second on it takes the same products more often, so that its time grows evenly. Running all tiles of a long text would
+take as long as a step, many times over.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Values = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Between:
-    """An operator that is not run, by the numbers of two that are: it attends to more tiles than one and to fewer than the other."""
+    """An operator that is not run, by the numbers of two that are: it attends to more tiles than one and to fewer than
+    the other.
+    """
 
     shorter: int
     longer: int
@@ -66,8 +70,8 @@ def sample(program: Mapping[str, Any]) -> Sample:
 
 
 def work(operator: Operator, values: Values) -> str:
-    """A key that is equal for operators that do the same with tensors of the same layouts and kinds, wherever these, or the part of
-    something larger that they work on, begin.
+    """A key that is equal for operators that do the same with tensors of the same layouts and kinds, wherever these, or
+    the part of something larger that they work on, begin.
     """
     args = operator["args"]
     begins = BEGINS_AT.get(operator["target"])
@@ -86,7 +90,9 @@ def _without_offsets(argument: Any) -> Any:
 
 
 def _between(operators: Sequence[Operator], values: Values) -> dict[int, Between]:
-    """Of the operators that attend to more and more tiles, all but the two with the fewest and the one with the most."""
+    """Of the operators that attend to more and more tiles, all but the two with the fewest and the one with the
+    most.
+    """
     series: dict[str, dict[int, int]] = {}
     for number, operator in enumerate(operators):
         if operator["target"] in TILES_AT and not operator["args"][-1]:  # with a sliding window all attend to as many

@@ -1,7 +1,8 @@
 """Chooses how many tokens go through a layer at a time: the fewest whose products keep their speed on this machine.
 
-``python -m tightfit.profiles.measuring.tile_rates`` is the process that times the products, in the environment of a run: of so many
-tokens with the model's widest matrix, forward and backward. What it finds is kept with the machine's other figures.
+``python -m tightfit.profiles.measuring.tile_rates`` is the process that times the products, in the environment of a
+run: of so many tokens with the model's widest matrix, forward and backward. What it finds is kept with the machine's
+other figures.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ ROUNDS = 7
 
 
 def tried_sizes(fitting: Sequence[int], tokens: int) -> list[int]:
-    """Those of the `fitting` sizes of tiles of a step of so many `tokens`, all of them included, that are worth trying; smallest first."""
+    """Those of the `fitting` sizes of tiles of a step of so many `tokens`, all of them included, that are worth trying;
+    smallest first.
+    """
     least = max(FEWEST, -(-tokens // MOST_TILES))
     tried: list[int] = []
     for size in sorted({*fitting, tokens}):
@@ -50,7 +53,9 @@ def tried_sizes(fitting: Sequence[int], tokens: int) -> list[int]:
 
 
 def widest(entries: Mapping[str, Entry]) -> tuple[int, int]:
-    """(rows, columns) of the largest matrix of a shape that several have, as those of layers do; of the largest where there is none."""
+    """(rows, columns) of the largest matrix of a shape that several have, as those of layers do; of the largest where
+    there is none.
+    """
     shapes = Counter((entry.rows, entry.columns) for entry in entries.values() if len(entry.shape) == 2)
     several = [shape for shape, count in shapes.items() if count > 1]
     return max(several or shapes, key=lambda shape: (shape[0] * shape[1], shape))
@@ -74,8 +79,8 @@ def fast_tile(
 ) -> int:
     """The smallest of the `sizes` at which products with the widest of the matrices `entries` keep their speed.
 
-    `memory`: bytes that measuring may hold; `kept`: the file with what was measured of this machine, unless it is measured `anew`.
-    Raises InputError where `memory` is too little, RunError where the process fails.
+    `memory`: bytes that measuring may hold; `kept`: the file with what was measured of this machine, unless it is
+    measured `anew`. Raises InputError where `memory` is too little, RunError where the process fails.
     """
     if len(sizes) == 1:
         return sizes[0]
@@ -86,8 +91,8 @@ def fast_tile(
     needed = plain_bytes() + START_BYTES + WORKSPACE_BYTES + held + 2 * len(sizes) * PRODUCT_BYTES
     if memory is not None and needed > memory:
         raise InputError(
-            f"{spelled('tile')} 0: measuring products takes {format_size(needed)}, {format_size(memory)} are given for it; give the"
-            f" tokens of a tile, for example {sizes[0]}"
+            f"{spelled('tile')} 0: measuring products takes {format_size(needed)}, {format_size(memory)} are given for"
+            f" it; give the tokens of a tile, for example {sizes[0]}"
         )
     request = {
         "shape": [rows, columns],

@@ -25,8 +25,8 @@ def run_step(
     """Run forward and backward once; returns the tensors among `returned` (global names) that the step makes or keeps.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
-    tensor that the step makes is freed after its last reader; what an operator reads and makes it writes in place. Nothing
-    is left out by dropout, and PyTorch's generator is seeded with `seed`.
+    tensor that the step makes is freed after its last reader; what an operator reads and makes it writes in place.
+    Nothing is left out by dropout, and PyTorch's generator is seeded with `seed`.
     """
     torch.default_generator.manual_seed(seed)
     no_draws = Draws()

@@ -1,10 +1,10 @@
 """The process that measures operators, unpacking, updates and channels for a profile.
 
 Called as ``python -m tightfit.profiles.measuring.worker THREADS``: a request in as JSON, messages and the result out as
-JSON lines. It is a process like that of a run, with PyTorch's kernels and without PyTorch's Python, and calls operators through the
-runtime's own `compile_operator`. One program's tensors are in memory at a time, placed by their lifetimes
-(`tightfit.profiles.measuring.placement`); how large other buffers are is said by the request. Once all else is measured it
-becomes the process that measures the floor (`tightfit.profiles.measuring.floor`).
+JSON lines. It is a process like that of a run, with PyTorch's kernels and without PyTorch's Python, and calls operators
+through the runtime's own `compile_operator`. One program's tensors are in memory at a time, placed by their lifetimes
+(`tightfit.profiles.measuring.placement`); how large other buffers are is said by the request. Once all else is measured
+it becomes the process that measures the floor (`tightfit.profiles.measuring.floor`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ if TYPE_CHECKING:
 ROUNDS = (4, 40)
 GATHERED_BLOCKS = 64  # in which a table that rows are gathered from is written
 FIGURE_SECONDS = 0.1  # spent on a figure of unpacking or updating
-PASSES = 3  # over all programs; of seconds the middle figure counts: disturbances by other work come in bursts, and the lowest
-# figure is that of a moment in which the machine was faster than it is on the whole
+PASSES = 3
+"""over all programs; of seconds the middle figure counts: disturbances by other work come in bursts, and the lowest
+figure is that of a moment in which the machine was faster than it is on the whole
+"""
 WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
 PROGRAM_SECONDS = 0.7  # time spent on a program in a pass, beyond the first rounds
 WHOLE_SHARE = 0.1  # of the step: a program that takes less of it gets so much less of that time
@@ -84,8 +86,8 @@ class ScratchStores:
         return kind, group
 
     def opened(self, shapes: Mapping[str, Sequence[int]]) -> Any:
-        """A `WeightStore` with a table for each name, in the format of the model's matrix of that shape. It is written once, and
-        closed when these stores are.
+        """A `WeightStore` with a table for each name, in the format of the model's matrix of that shape. It is written
+        once, and closed when these stores are.
         """
         from tightfit.runtime.engine.weights.store import WeightStore
 
@@ -161,8 +163,8 @@ def main(arguments: list[str]) -> int:
         if "alloc" not in str(error) and not isinstance(error, MemoryError):  # torch has no MemoryError
             raise
         failure = RunError(
-            f"measuring ran out of memory ({str(error).splitlines()[0]}); a layer must fit into memory while it is measured,"
-            " try a smaller batch or sequence"
+            f"measuring ran out of memory ({str(error).splitlines()[0]}); a layer must fit into memory while it is"
+            " measured, try a smaller batch or sequence"
         )
     except OSError as error:
         if error.filename is None:
@@ -186,7 +188,9 @@ def _steps(request: dict[str, Any]) -> int:
 
 
 def measure(request: dict[str, Any], steps: Steps) -> dict[str, Any]:
-    """What `tightfit.profiles.measuring.measure.measure` returns, but for the floor. Operators of the request get their `copied`."""
+    """What `tightfit.profiles.measuring.measure.measure` returns, but for the floor. Operators of the request get their
+    `copied`.
+    """
     from tightfit.profiles.measuring.bandwidth import measure_channels, reference_seconds
     from tightfit.profiles.measuring.guard import OutputGuard
     from tightfit.runtime.engine.start.kernel_warmup import settle
@@ -246,8 +250,9 @@ def measure_operators(
 ) -> dict[str, list[list[float]]]:
     """[seconds, workspace bytes] of every operator by program. Those that are `kept` are not measured.
 
-    Operators that are equal, and stand in different programs, are measured in one of them. In the first pass a program runs a few
-    rounds, which tell how long it takes; in the others for as long as its share of the step, what it has to measure, is worth.
+    Operators that are equal, and stand in different programs, are measured in one of them. In the first pass a program
+    runs a few rounds, which tell how long it takes; in the others for as long as its share of the step, what it has to
+    measure, is worth.
     """
     from tightfit.runtime.engine.start.kernel_warmup import settle
 
@@ -305,7 +310,8 @@ def measure_operators(
             settle()
             steps.take()
         if not turn:
-            # Of the step: the seconds of those operators that are measured in a program, for each operator that is equal to one.
+            # Of the step: the seconds of those operators that are measured in a program, for each operator that is
+            # equal to one.
             share = [0.0] * len(programs)
             for number, count in enumerate(counts):
                 for key in keys[number].values():
@@ -326,8 +332,8 @@ def measure_operators(
 
 
 def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[str, int]]:
-    """For each operator what it does (`work`, with the formats of tables whose rows it gathers), and how many like it stand before it in the program, or, in a program of several tiles, in
-    its tile.
+    """For each operator what it does (`work`, with the formats of tables whose rows it gathers), and how many like it
+    stand before it in the program, or, in a program of several tiles, in its tile.
     """
     values = {value["name"]: value for value in program["values"]}
     before: dict[str, int] = {}
@@ -343,8 +349,8 @@ def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[
 
 
 def take_steps(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
-    """Run whole steps, each on the tensors in the file `given` with its number and, where that lacks some, on those in `given0`; write
-    its loss, gradients and statistics to the file `traced` with its number.
+    """Run whole steps, each on the tensors in the file `given` with its number and, where that lacks some, on those in
+    `given0`; write its loss, gradients and statistics to the file `traced` with its number.
     """
     from tightfit.profiles.measuring.whole_step import run_step
     from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
@@ -409,9 +415,9 @@ def measure_program(
     workspaces_of: Collection[int] = (),
     timed: Collection[int] | None = None,
 ) -> tuple[dict[int, float], dict[int, int]]:
-    """(seconds of the operators `timed`, by default of all; workspace bytes of those with the numbers `workspaces_of`). They run in
-    order, round after round, as in a step, for about `seconds` beyond the first rounds; what others make is there from a round of all,
-    but for those that others stand for (`tightfit.profiles.measuring.sample`).
+    """(seconds of the operators `timed`, by default of all; workspace bytes of those with the numbers `workspaces_of`).
+    They run in order, round after round, as in a step, for about `seconds` beyond the first rounds; what others make is
+    there from a round of all, but for those that others stand for (`tightfit.profiles.measuring.sample`).
     """
     if not program["operators"]:
         return {}, {}
@@ -451,7 +457,9 @@ def _calls(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list
 
 
 def _timed(calls: Sequence[Callable[[], None]], seconds: float) -> list[list[float]]:
-    """The seconds of the calls, made in order round after round, for about so many seconds in all beyond the first rounds."""
+    """The seconds of the calls, made in order round after round, for about so many seconds in all beyond the first
+    rounds.
+    """
     times: list[list[float]] = [[] for _ in calls]
     clock = QuotaClock(torch_threads())
     started = time.perf_counter()
@@ -469,8 +477,8 @@ def _timed(calls: Sequence[Callable[[], None]], seconds: float) -> list[list[flo
 
 
 def typical(call_seconds: Sequence[float]) -> float:
-    """The mean of the seconds of calls that were not interrupted. A step is a sum of calls, so their mean tells its time; the
-    median is below, since times are not symmetric.
+    """The mean of the seconds of calls that were not interrupted. A step is a sum of calls, so their mean tells its
+    time; the median is below, since times are not symmetric.
     """
     longest = DISTURBED * statistics.median(call_seconds)
     return statistics.fmean(seconds for seconds in call_seconds if seconds <= longest)
@@ -482,8 +490,8 @@ def _run(operator: Any, tensors: Mapping[str, Any], outputs: Sequence[Any], stor
 
 
 def _make_tensors(program: dict[str, Any], placement: Placement, contents: str = "normal") -> dict[str, Any]:
-    """The tensors of a program by name. Those that no operator makes are filled so that no operator meets denormals, NaN or an
-    index out of range.
+    """The tensors of a program by name. Those that no operator makes are filled so that no operator meets denormals,
+    NaN or an index out of range.
     """
     import torch
 
@@ -530,8 +538,8 @@ def _make_tensors(program: dict[str, Any], placement: Placement, contents: str =
 
 @contextlib.contextmanager
 def _crowded(operator: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[None]:
-    """Within this context all rows go through the first of the experts that an operator has, if it has any: with as many rows as there
-    are it needs the most memory.
+    """Within this context all rows go through the first of the experts that an operator has, if it has any: with as
+    many rows as there are it needs the most memory.
     """
     if operator["target"] not in EXPERTS_AT:
         yield
@@ -568,8 +576,8 @@ def _workspace(call: Callable[[], None], calls: int) -> int:
 
 
 def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str, turning_bytes: int) -> float:
-    """Seconds to unpack a weight [rows, columns], from and into buffers that are not in the cache, as in a step. Those have
-    `turning_bytes`; of a weight that is larger so many rows are unpacked as they have room for.
+    """Seconds to unpack a weight [rows, columns], from and into buffers that are not in the cache, as in a step. Those
+    have `turning_bytes`; of a weight that is larger so many rows are unpacked as they have room for.
     """
     import torch
 
@@ -610,8 +618,8 @@ def measure_clipped(elements: int, accumulate: int, turning_bytes: int) -> tuple
     """Seconds, for a trainable of `elements` whose gradients are clipped, to add one to their sum, averaged over the
     `accumulate` steps of an update, and of the update from the sum.
 
-    The updates of all trainables follow one another, so that none finds its tensors in a cache; sums are not there either, but
-    the gradient that is added has just been made.
+    The updates of all trainables follow one another, so that none finds its tensors in a cache; sums are not there
+    either, but the gradient that is added has just been made.
     """
     import torch
 
@@ -663,8 +671,8 @@ def measure_perturb(elements: int, turning_bytes: int) -> float:
 
 
 def other_work() -> Callable[[], None]:
-    """A call that computes something, as a step does between the calls that are timed: meanwhile caches fill with other data and
-    code, and threads without work may fall asleep.
+    """A call that computes something, as a step does between the calls that are timed: meanwhile caches fill with other
+    data and code, and threads without work may fall asleep.
     """
     import torch
 
@@ -683,8 +691,8 @@ def torch_threads() -> int:
 
 
 def _seconds_of(call: Callable[[int], None], between: Callable[[], None] | None = None) -> float:
-    """Seconds that `call` takes, which is given the number of the call, measured for about `FIGURE_SECONDS`. `between` is called
-    before each call and not timed.
+    """Seconds that `call` takes, which is given the number of the call, measured for about `FIGURE_SECONDS`. `between`
+    is called before each call and not timed.
     """
     clock = QuotaClock(torch_threads())
     times: list[float] = []

@@ -12,8 +12,8 @@ MIXTURE = "it is a mixture of experts, whose matrices are read whole for a step 
 
 
 INSTEAD = (
-    "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where it has"
-    " the family"
+    "merge the adapter into a model of its own (tightfit merge) and generate with transformers, or with llama.cpp where"
+    " it has the family"
 )
 """what to do with a model that cannot answer here"""
 
@@ -24,7 +24,9 @@ def refused_answers(family: str, why: str) -> InputError:
 
 
 class AnswerStep(FrozenRecord):
-    """The forward of so many new tokens, whose attention is `runtime.engine.generation.names.ATTEND`; the result is the hidden states, float32 [tokens, H]."""
+    """The forward of so many new tokens, whose attention is `runtime.engine.generation.names.ATTEND`; the result is the
+    hidden states, float32 [tokens, H].
+    """
 
     tokens: int
     programs: list[Program]
@@ -58,8 +60,8 @@ class AnswerSteps(FrozenRecord):
         return self.steps[0]
 
     def step_of(self, tokens: int) -> AnswerStep:
-        """The step of so many tokens, fewer than a group: that of one token and that of a group with all numbers in between, or
-        that of a group where more than numbers tell them apart.
+        """The step of so many tokens, fewer than a group: that of one token and that of a group with all numbers in
+        between, or that of a group where more than numbers tell them apart.
         """
         one, group = self.steps
         try:
@@ -73,7 +75,9 @@ class Answers(FrozenRecord):
     """The steps of a decoder's answers, or why it has none."""
 
     steps: dict[int, AnswerSteps]
-    """by the fewest tokens of a question and its answer for which they hold: longrope turns positions otherwise in long ones"""
+    """by the fewest tokens of a question and its answer for which they hold: longrope turns positions otherwise in long
+    ones
+    """
     refused: str | None = None
 
     def of(self, tokens: int) -> AnswerSteps:

@@ -1,5 +1,5 @@
-"""A decoder that transformers builds, as the step of an answer: new tokens and their positions in, hidden states out, and attention
-to a cache that is not part of it.
+"""A decoder that transformers builds, as the step of an answer: new tokens and their positions in, hidden states out,
+and attention to a cache that is not part of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ MOST_SEEN = 1 << 17
 
 
 class AnsweringDecoder(AnyDecoder):
-    """forward(input_ids [1, t], positions [1, t]) -> hidden states float32 [t, H], after the last norm, scaled as the head wants them.
+    """forward(input_ids [1, t], positions [1, t]) -> hidden states float32 [t, H], after the last norm, scaled as the
+    head wants them.
 
     `longest` is the number of tokens of a prompt and its answer. Raises InputError as `AnyDecoder` does.
     """
@@ -56,8 +57,8 @@ class AnsweringDecoder(AnyDecoder):
 
 
 def answer_steps(config: Mapping[str, Any], stored: Collection[str], *, group: int, longest: int) -> AnswerSteps:
-    """The steps of one token and of `group` tokens of a config's decoder, in answers of up to `longest` tokens with what was asked;
-    `stored` are the names of the tensors in its store.
+    """The steps of one token and of `group` tokens of a config's decoder, in answers of up to `longest` tokens with
+    what was asked; `stored` are the names of the tensors in its store.
 
     Raises InputError for a decoder that cannot answer with a cache.
     """
@@ -113,8 +114,8 @@ def _held(step: AnswerStep) -> set[str]:
 
 
 def _side_by_side(step: AnswerStep) -> bool:
-    """Whether the rows of several groups lie one after the other, where those of each group do, in what is multiplied with matrices, what
-    is made so, and the result.
+    """Whether the rows of several groups lie one after the other, where those of each group do, in what is multiplied
+    with matrices, what is made so, and the result.
     """
     for program in step.programs:
         values = {value.name: value for value in program.values}

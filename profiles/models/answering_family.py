@@ -1,4 +1,6 @@
-"""A hand-written decoder as the step of an answer, traced from its own modules: every kind of layer once, in little memory."""
+"""A hand-written decoder as the step of an answer, traced from its own modules: every kind of layer once, in little
+memory.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class CachedAttention(Attention):
 
 
 class Beginning(nn.Module):
-    """forward(input_ids [1, t], positions [1, t]) -> hidden states [t, H], and cos and sin [t, D / 2] of every rotation in turn."""
+    """forward(input_ids [1, t], positions [1, t]) -> hidden states [t, H], and cos and sin [t, D / 2] of every rotation
+    in turn.
+    """
 
     def __init__(self, shape: DecoderShape, rotations: list[tuple[float, bool]]) -> None:
         super().__init__()
@@ -52,8 +56,8 @@ class Beginning(nn.Module):
 
 
 def family_steps(config: dict[str, Any], group: int) -> AnswerSteps:
-    """The steps of one token and of `group` tokens of a config's decoder. Raises InputError as `decoder_shape` does, and for mixtures of
-    experts.
+    """The steps of one token and of `group` tokens of a config's decoder. Raises InputError as `decoder_shape` does,
+    and for mixtures of experts.
     """
     shape = decoder_shape(config)
     if shape.mixtures:

@@ -1,8 +1,9 @@
 """Decoder language models as one plain module, built from a Hugging Face config.
 
-Families differ in a few switches (`tightfit.profiles.models.family`). Parameter names are Hugging
-Face's, so that weights and adapters need no renaming. The base is frozen; projections carry LoRA pairs in float32
-(`tightfit.profiles.models.lora`). Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix product.
+Families differ in a few switches (`tightfit.profiles.models.family`). Parameter names are Hugging Face's, so that
+weights and adapters need no renaming. The base is frozen; projections carry LoRA pairs in float32
+(`tightfit.profiles.models.lora`). Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix
+product.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class Magnitude(nn.Module):
 
 
 class Projection(nn.Module):
-    """Frozen x @ W.T (+ bias) plus, where it has a pair, the trained scale * x @ A.T @ B.T; with DoRA the rows of W + scale *
-    B @ A are given trained lengths.
+    """Frozen x @ W.T (+ bias) plus, where it has a pair, the trained scale * x @ A.T @ B.T; with DoRA the rows of W +
+    scale * B @ A are given trained lengths.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
@@ -123,8 +124,8 @@ class Projection(nn.Module):
         return lora_linear(x, self.weight, self.bias, *factors, self.pair.scale, self.slice_rows)[0]  # type: ignore[no-any-return]
 
     def _of_magnitude(self, x: Tensor, pair: Pair) -> Tensor:
-        """With dropout, as in PEFT, all that is scaled reads what is left of the input, the frozen weight as well, and only
-        what W x lacks then is not scaled.
+        """With dropout, as in PEFT, all that is scaled reads what is left of the input, the frozen weight as well, and
+        only what W x lacks then is not scaled.
         """
         left = dropped(x, pair, self.site)
         factors = self.lora_A.weight, self.lora_B.weight
@@ -146,7 +147,8 @@ def dropped(x: Tensor, pair: Pair, site: int) -> Tensor:
 def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> dict[str, Any]:
     """Give pairs to the projections of a decoder that are chosen; what a profile says of the adapter.
 
-    `model` is its name in messages, `body` what adapters call its layers. Raises InputError as `LoraConfig.chosen` does.
+    `model` is its name in messages, `body` what adapters call its layers. Raises InputError as `LoraConfig.chosen`
+    does.
     """
     found = {
         peft_name(name, body): child
@@ -171,8 +173,9 @@ def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> 
 
 
 def slice_matrices(module: nn.Module, rows: int | None) -> None:
-    """Have the projections of a decoder, which has its pairs, read, unpack and multiply so many rows of their frozen matrices at a
-    time; None: as many as `MATRIX_BYTES` hold. Those with DoRA or dropout take all rows at once, and mixtures whole experts.
+    """Have the projections of a decoder, which has its pairs, read, unpack and multiply so many rows of their frozen
+    matrices at a time; None: as many as `MATRIX_BYTES` hold. Those with DoRA or dropout take all rows at once, and
+    mixtures whole experts.
     """
     for child in module.modules():
         if isinstance(child, Experts):
@@ -198,7 +201,9 @@ def _sites(names: Iterable[str]) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class EarlierTiles:
-    """Keys, rotated, and values [tokens of a tile, kv_heads * head_dim] of the tiles of a row that a layer has computed."""
+    """Keys, rotated, and values [tokens of a tile, kv_heads * head_dim] of the tiles of a row that a layer has
+    computed.
+    """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -337,16 +342,18 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
-    [batch * seq]); with a `preference` forward(input_ids, labels, positions, answers), with as many rows as two for each pair.
+    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses
+    float32 [batch * seq]); with a `preference` forward(input_ids, labels, positions, answers), with as many rows as two
+    for each pair.
 
-    labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0, is that
-    of the token in its sample, of which a row may hold several, one after the other; without it every row is one sample.
-    Padding needs no mask: attention is causal and padded places carry no label. `answers` says which answer of a pair
-    each place belongs to, and what the loss has to know of it (`tightfit.runtime.engine.cpu.preference.preference_loss`). A
-    *tile*, of so many tokens, goes through a layer at a time, and all tiles do before the next layer begins; None: all tokens at once. It is
-    several rows of the batch, or a part of a row, of whose tiles each attends to the keys and values of those before it. `matrix_rows`
-    of a frozen matrix are read, unpacked and multiplied at a time, as `slice_matrices` has it.
+    labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0,
+    is that of the token in its sample, of which a row may hold several, one after the other; without it every row is
+    one sample. Padding needs no mask: attention is causal and padded places carry no label. `answers` says which answer
+    of a pair each place belongs to, and what the loss has to know of it
+    (`tightfit.runtime.engine.cpu.preference.preference_loss`). A *tile*, of so many tokens, goes through a layer at a
+    time, and all tiles do before the next layer begins; None: all tokens at once. It is several rows of the batch, or a
+    part of a row, of whose tiles each attends to the keys and values of those before it. `matrix_rows` of a frozen
+    matrix are read, unpacked and multiplied at a time, as `slice_matrices` has it.
     """
 
     def __init__(
@@ -433,8 +440,8 @@ class Decoder(nn.Module):
         return tiles
 
     def block_kinds(self) -> list[Hashable]:
-        """For each block what its operators and their inputs depend on: whether it is the first one, its tensors, pairs, window and
-        rotation, and whether a gradient of what it reads is wanted.
+        """For each block what its operators and their inputs depend on: whether it is the first one, its tensors,
+        pairs, window and rotation, and whether a gradient of what it reads is wanted.
         """
         wanted = any(parameter.requires_grad for parameter in self.model.embed_tokens.parameters())
         kinds: list[Hashable] = []
@@ -494,7 +501,9 @@ def _joined(tiles: Sequence[Tensor]) -> Tensor:
 
 
 def _head_parts(tiles: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The tiles, in equal parts of at most `HEAD_TOKENS` tokens, but of one tile at least; all in one where there is one tile."""
+    """The tiles, in equal parts of at most `HEAD_TOKENS` tokens, but of one tile at least; all in one where there is
+    one tile.
+    """
     together = max(1, min(HEAD_TOKENS // len(tiles[0]), len(tiles)))
     while len(tiles) % together:
         together -= 1

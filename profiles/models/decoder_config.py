@@ -142,8 +142,8 @@ def text_config(read: Any) -> dict[str, Any] | None:
 def handwritten(config: dict[str, Any]) -> bool:
     """Whether `tightfit.profiles.models.decoder` has the config's family and its switches.
 
-    Else transformers builds the model (`tightfit.profiles.models.transformers_decoder`). A config that is damaged counts
-    as handwritten where its family is: `decoder_shape` names what is wrong.
+    Else transformers builds the model (`tightfit.profiles.models.transformers_decoder`). A config that is damaged
+    counts as handwritten where its family is: `decoder_shape` names what is wrong.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in families():
@@ -154,8 +154,8 @@ def handwritten(config: dict[str, Any]) -> bool:
 
 
 def long_positions(config: Mapping[str, Any], seq: int) -> str | None:
-    """What becomes of short samples in a step of `seq` tokens where longrope turns positions otherwise in long sequences, in words;
-    None: nothing.
+    """What becomes of short samples in a step of `seq` tokens where longrope turns positions otherwise in long
+    sequences, in words; None: nothing.
     """
     told = config.get("rope_scaling") or config.get("rope_parameters")
     told = told if isinstance(told, Mapping) else {}
@@ -165,15 +165,16 @@ def long_positions(config: Mapping[str, Any], seq: int) -> str | None:
         short = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
         if isinstance(short, int) and short < seq:
             return (
-                f"the long factors of longrope in every sample, as transformers has them in rows of more than {short} tokens; a sample"
-                f" of at most {short} tokens, given to it alone, has the short ones: where most are, profile with {spelled('seq', short)}"
+                f"the long factors of longrope in every sample, as transformers has them in rows of more than {short}"
+                f" tokens; a sample of at most {short} tokens, given to it alone, has the short ones: where most are,"
+                f" profile with {spelled('seq', short)}"
             )
     return None
 
 
 def first_lengths(config: Any) -> Iterator[int]:
-    """The lengths in a config up to which a model was trained first, in order: longer sequences have rotary frequencies of their own
-    (longrope).
+    """The lengths in a config up to which a model was trained first, in order: longer sequences have rotary frequencies
+    of their own (longrope).
     """
     if not isinstance(config, dict):
         return
@@ -271,8 +272,8 @@ def _router_loss(config: dict[str, Any]) -> float | None:
 
 
 def rope_kind(rope: Mapping[str, Any]) -> Any:
-    """How positions turn by a config's parameters of it. Of Qwen-VL's three positions of a token ("mrope"), which are equal in
-    a text, one is left.
+    """How positions turn by a config's parameters of it. Of Qwen-VL's three positions of a token ("mrope"), which are
+    equal in a text, one is left.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     return "default" if kind == "mrope" else kind

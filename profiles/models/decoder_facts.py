@@ -1,5 +1,6 @@
-"""What there is to know of a decoder that transformers builds without building it: names, shapes and roles of its tensors, and what its
-checkpoint calls them. Imports neither transformers nor PyTorch: a device has it from where the decoder was built.
+"""What there is to know of a decoder that transformers builds without building it: names, shapes and roles of its
+tensors, and what its checkpoint calls them. Imports neither transformers nor PyTorch: a device has it from where the
+decoder was built.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class FrozenTensor(FrozenRecord):
     in_turn: bool = False
     """Whether the gate of each number stands beside its up where the tensor comes from; here gates stand before ups."""
     parts: tuple[str, ...] = ()
-    """Names in transformers' state_dict, with * for the number of an expert, of tensors whose rows, expert by expert, checkpoints may
-    hold in its place."""
+    """Names in transformers' state_dict, with * for the number of an expert, of tensors whose rows, expert by expert,
+    checkpoints may hold in its place.
+    """
     mean: float = 0.0
     """What random values vary around."""
     value: BufferValue | None = None

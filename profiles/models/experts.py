@@ -10,17 +10,19 @@ from tightfit.profiles.models.lora import Pair
 from tightfit.profiles.tracing.expert_ops import mixture
 
 CALLS = 8
-"""parts in which the experts of a layer are read, unpacked and multiplied, at least: more are more instructions of a plan, and less is
-in memory at a time"""
+"""parts in which the experts of a layer are read, unpacked and multiplied, at least: more are more instructions of a
+plan, and less is in memory at a time
+"""
 
 
 class Experts(nn.Module):
-    """forward(x [T, H], index int64 [T, k], weights [T, k]) -> [T, H]: for each row the weighted sum of what its experts make of it.
+    """forward(x [T, H], index int64 [T, k], weights [T, k]) -> [T, H]: for each row the weighted sum of what its
+    experts make of it.
 
-    The matrices of all experts, which are frozen, stand below one another, under transformers' names: `gate_up_proj` [E * 2 * F, H] has
-    of each expert the rows of its gate and then those of its up, `down_proj` is [E * H, F]; with biases `gate_up_proj_bias` is
-    [E, 2 * F] and `down_proj_bias` [E, H], float32. LoRA pairs have the names that PEFT gives them where both matrices are among its
-    `target_parameters`: that of gates and ups is under `base_layer`.
+    The matrices of all experts, which are frozen, stand below one another, under transformers' names: `gate_up_proj` [E
+    * 2 * F, H] has of each expert the rows of its gate and then those of its up, `down_proj` is [E * H, F]; with biases
+    `gate_up_proj_bias` is [E, 2 * F] and `down_proj_bias` [E, H], float32. LoRA pairs have the names that PEFT gives
+    them where both matrices are among its `target_parameters`: that of gates and ups is under `base_layer`.
     """
 
     pair: Pair | None = None
@@ -51,8 +53,8 @@ class Experts(nn.Module):
         self.lora_A, self.lora_B = Factor(rows, self.width), Factor(hidden, rows)
 
     def slice(self, rows: int | None, most_bytes: int) -> None:
-        """Take experts together of whose gates and ups there are so many rows; None: as many as `most_bytes` hold unpacked, in `CALLS`
-        parts at least. It is a power of two, and one at least.
+        """Take experts together of whose gates and ups there are so many rows; None: as many as `most_bytes` hold
+        unpacked, in `CALLS` parts at least. It is a power of two, and one at least.
         """
         expert_bytes = (self.gate_up_proj.nbytes + self.down_proj.nbytes) // self.count
         together = rows // (2 * self.width) if rows else min(most_bytes // expert_bytes, -(-self.count // CALLS))

@@ -65,8 +65,10 @@ class Family:
     model_type: str
     """``model_type`` in the family's config.json."""
     wrapped_as: Mapping[str, Config] = field(default_factory=dict)
-    """Other values of ``model_type`` for the same family, those of text models in multimodal wrappers and of wrappers whose
-    config.json has the text model's fields beside its own; with what their fields are by default, where that differs."""
+    """Other values of ``model_type`` for the same family, those of text models in multimodal wrappers and of wrappers
+    whose config.json has the text model's fields beside its own; with what their fields are by default, where that
+    differs.
+    """
     head_dim: int | None = None
     """Default if the config has none; None means hidden size / heads."""
     activation: str = "silu"

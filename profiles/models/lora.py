@@ -38,9 +38,13 @@ NEUTRAL: Mapping[str, Any] = {
 }
 """Fields of PEFT's adapter_config.json that change what is computed, and the values at which they do not."""
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of PEFT's `init_lora_weights` at which the base stays as it is, so that the adapter's tensors are all of it."""
+"""Values of PEFT's `init_lora_weights` at which the base stays as it is, so that the adapter's tensors are all of
+it.
+"""
 BASE_CHANGED = re.compile(r"pissa.*|olora|corda.*|loftq|lora_ga")
-"""Values at which the first pairs are taken out of the base's weights, whose values then differ from those of its files."""
+"""Values at which the first pairs are taken out of the base's weights, whose values then differ from those of its
+files.
+"""
 READ = (
     *("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "lora_dropout", "use_rslora", "use_dora", "modules_to_save", "init_lora_weights"),
@@ -54,8 +58,9 @@ WITHOUT_EFFECT = (
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
-"""Fields that change nothing by themselves: names, `fan_in_fan_out`, which PEFT sets as the kind of layer needs it, and the
-settings of what other fields turn on."""
+"""Fields that change nothing by themselves: names, `fan_in_fan_out`, which PEFT sets as the kind of layer needs it, and
+the settings of what other fields turn on.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +82,15 @@ class LoraConfig:
     alpha: float | None = None
     """Scale of a pair is alpha / its rank; None: twice `rank`."""
     targets: str = ALL_LINEAR
-    """`ALL_LINEAR`, `ATTENTION` (linear layers inside attention), names separated by commas, or a regular expression that
-    is to match a layer's whole name."""
+    """`ALL_LINEAR`, `ATTENTION` (linear layers inside attention), names separated by commas, or a regular expression
+    that is to match a layer's whole name.
+    """
     layers: tuple[int, ...] | None = None
     """Numbers of the layers of the model whose linear layers may get pairs; None: all."""
     layers_pattern: tuple[str, ...] = ()
-    """What the list of layers that are numbered is called, as a regular expression; none: the first numbers in a name count."""
+    """What the list of layers that are numbered is called, as a regular expression; none: the first numbers in a name
+    count.
+    """
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Ranks of layers whose name ends with, or matches, a regular expression; the first that does counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -110,7 +118,8 @@ class LoraConfig:
             raise InputError(f"{spelled('lora_dropout')} {self.dropout}: give a number from 0 to below 1")
         if not self.targets.strip():
             raise InputError(
-                f"{spelled('lora_targets')} is empty: give {ALL_LINEAR}, {ATTENTION}, names of linear layers, or a pattern"
+                f"{spelled('lora_targets')} is empty: give {ALL_LINEAR}, {ATTENTION}, names of linear layers, or a"
+                " pattern"
             )
         targets = [self.targets] if self.is_pattern else []
         for pattern in (*targets, *self.layers_pattern, *self.rank_pattern, *self.alpha_pattern):
@@ -144,7 +153,8 @@ class LoraConfig:
         return Pair(rank=rank, scale=scale, dropout=self.dropout, dora=self.dora)
 
     def chosen(self, layers: Sequence[str], model: str, others: Sequence[str] = ()) -> dict[str, Pair]:
-        """The pairs of those of a model's linear `layers` that are chosen. Patterns of ranks and alphas may be for `others`.
+        """The pairs of those of a model's linear `layers` that are chosen. Patterns of ranks and alphas may be for
+        `others`.
 
         Raises InputError for a name, pattern or layer number that chooses nothing.
         """
@@ -152,8 +162,8 @@ class LoraConfig:
         for wanted in self.names:
             if not any(_called(name, wanted) for name in layers):
                 raise InputError(
-                    f"{spelled('lora_targets')} {wanted!r}: no linear layer in the layers of {model} is called so{_nearest(wanted, short)};"
-                    f" there are {', '.join(short)}"
+                    f"{spelled('lora_targets')} {wanted!r}: no linear layer in the layers of {model} is called"
+                    f" so{_nearest(wanted, short)}; there are {', '.join(short)}"
                 )
         numbers = sorted({number for name in layers if (number := self._number(name)) is not None})
         for number in self.layers or ():
@@ -163,8 +173,8 @@ class LoraConfig:
         found = [name for name in layers if self._selects(name)]
         if not found:
             raise InputError(
-                f"{spelled('lora_targets')} {self.targets!r} match no linear layer of {model}; a pattern has to match a whole name such as"
-                f" {layers[0]}"
+                f"{spelled('lora_targets')} {self.targets!r} match no linear layer of {model}; a pattern has to match a"
+                f" whole name such as {layers[0]}"
             )
         for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
@@ -196,8 +206,9 @@ class LoraConfig:
                 up, down = (self.pair(f"{name}.{parameter}") for parameter in OF_EXPERTS)
                 if up != down:
                     raise InputError(
-                        f"{asked}: the pairs of {name} have ranks {up.rank} and {down.rank} and scales {up.scale:g} and {down.scale:g};"
-                        f" give both matrices of experts the same in {spelled('rank_pattern')} and {spelled('alpha_pattern')}"
+                        f"{asked}: the pairs of {name} have ranks {up.rank} and {down.rank} and scales {up.scale:g} and"
+                        f" {down.scale:g}; give both matrices of experts the same in {spelled('rank_pattern')} and"
+                        f" {spelled('alpha_pattern')}"
                     )
                 found[name] = up
         return found
@@ -256,7 +267,9 @@ def _peft_targets(config: LoraConfig, layers: Sequence[str], chosen: Sequence[st
 
 
 def layer_number(name: str, lists: Sequence[str] = ()) -> int | None:
-    """The number of the layer that a name is in, as PEFT reads it, in one of `lists` of layers if they are named; None: in none."""
+    """The number of the layer that a name is in, as PEFT reads it, in one of `lists` of layers if they are named; None:
+    in none.
+    """
     patterns = [rf"(?:^|.*?\.)(?:{one})\.(?P<number>\d+)\." for one in lists] or [r".*?\.[^.]*\.(?P<number>\d+)\."]
     found = next(filter(None, (re.match(pattern, name) for pattern in patterns)), None)
     return int(found["number"]) if found else None
@@ -300,10 +313,11 @@ def layer_numbers(text: str) -> tuple[int, ...]:
 
 
 def from_peft(place: Path) -> LoraConfig:
-    """The settings of the adapter in a folder, or of its adapter_config.json: what every command that takes an adapter reads.
+    """The settings of the adapter in a folder, or of its adapter_config.json: what every command that takes an adapter
+    reads.
 
-    Raises InputError for a file that is missing or no such file, and for settings that tightfit does not have: an adapter whose
-    tensors alone do not say what it adds to its base.
+    Raises InputError for a file that is missing or no such file, and for settings that tightfit does not have: an
+    adapter whose tensors alone do not say what it adds to its base.
     """
     path = place / CONFIG if place.is_dir() else place
     try:
@@ -337,9 +351,10 @@ def _refuse_unlike(path: Path, said: Mapping[str, Any]) -> None:
         return
     if isinstance(named, str) and BASE_CHANGED.fullmatch(named):
         raise InputError(
-            f"{path}: init_lora_weights is {start!r}, a start that changes the base's weights, and the adapter fits no other values."
-            " Have PEFT write it as an ordinary one: save_pretrained(..., path_initial_model_for_weight_conversion=...). Or save"
-            " the changed base as a model of its own, name that as the base, and set init_lora_weights to true"
+            f"{path}: init_lora_weights is {start!r}, a start that changes the base's weights, and the adapter fits no"
+            " other values. Have PEFT write it as an ordinary one: save_pretrained(...,"
+            " path_initial_model_for_weight_conversion=...). Or save the changed base as a model of its own, name that"
+            " as the base, and set init_lora_weights to true"
         )
     raise InputError(f"{path}: init_lora_weights is {start!r}, a start that tightfit does not have; train with another")
 
@@ -354,8 +369,8 @@ def _check_parameters(path: Path, targets: Any) -> None:
     for module, parameters in modules.items():
         if parameters != set(OF_EXPERTS):
             raise InputError(
-                f"{path}: target_parameters has {', '.join(sorted(parameters))} of {module or 'a module'}, and tightfit has pairs for"
-                f" {' and '.join(OF_EXPERTS)} of experts, both or none; train without them"
+                f"{path}: target_parameters has {', '.join(sorted(parameters))} of {module or 'a module'}, and tightfit"
+                f" has pairs for {' and '.join(OF_EXPERTS)} of experts, both or none; train without them"
             )
 
 
@@ -380,9 +395,9 @@ def _settings(said: Mapping[str, Any]) -> LoraConfig:
 
 
 def check_planned(place: Path, planned: Mapping[str, Any], layers: Iterable[str]) -> None:
-    """Raise InputError unless the adapter in the folder `place` is one that tightfit has, whose pairs in `layers`, by PEFT's names,
-    are what `planned`, a profile's `Model.lora`, says. A folder without adapter_config.json, as the rounds of a fleet hand it
-    on, says nothing against it.
+    """Raise InputError unless the adapter in the folder `place` is one that tightfit has, whose pairs in `layers`, by
+    PEFT's names, are what `planned`, a profile's `Model.lora`, says. A folder without adapter_config.json, as the
+    rounds of a fleet hand it on, says nothing against it.
     """
     if not (place / CONFIG).exists():
         return
@@ -394,8 +409,8 @@ def check_planned(place: Path, planned: Mapping[str, Any], layers: Iterable[str]
         for what, value, wanted in (("scale", one.scale, other.scale), ("use_dora", one.dora, other.dora)):
             if not math.isclose(value, wanted, rel_tol=1e-6):
                 raise InputError(
-                    f"{place / CONFIG}: the {what} of the pair of {layer} is {value:g} and the plan's is {wanted:g}; profile with"
-                    f" {spelled('adapter', str(place))}, which takes its settings"
+                    f"{place / CONFIG}: the {what} of the pair of {layer} is {value:g} and the plan's is {wanted:g};"
+                    f" profile with {spelled('adapter', str(place))}, which takes its settings"
                 )
 
 
@@ -417,6 +432,7 @@ def given(place: str | Path | None, options: Mapping[str, Any]) -> LoraConfig:
     if said:
         named = [spelled(f"lora_{name}" if name in OF_LORA else name) for name in said]
         raise InputError(
-            f"{spelled('adapter')} {place}: its settings count, and {', '.join(named)} cannot be given as well; leave one of them out"
+            f"{spelled('adapter')} {place}: its settings count, and {', '.join(named)} cannot be given as well; leave"
+            " one of them out"
         )
     return from_peft(Path(place))

@@ -1,9 +1,10 @@
 """An embedding and a head that are trained in full beside the LoRA pairs: PEFT's ``modules_to_save``.
 
-As with PEFT a copy of the module in float32 is trained and the base stays as it is: in a model whose head is its embedding, the
-copy of the one leaves the other alone. A table is trained in slices of rows, each a tensor of its own, so that the plan places
-its values, gradient and optimizer states by themselves. Slices stand in groups, which are layers to the planner: equal layers
-share its decisions' figures, and any number of them can be held in memory while the others lie on disk.
+As with PEFT a copy of the module in float32 is trained and the base stays as it is: in a model whose head is its
+embedding, the copy of the one leaves the other alone. A table is trained in slices of rows, each a tensor of its own,
+so that the plan places its values, gradient and optimizer states by themselves. Slices stand in groups, which are
+layers to the planner: equal layers share its decisions' figures, and any number of them can be held in memory while the
+others lie on disk.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def chosen(
 ) -> list[SavedModule]:
     """Those of `there` that are called so, by their names or the last parts of them, in the order of `there`.
 
-    `model` is its name in messages, `modules` what PEFT calls all of its modules. Raises InputError for a name that none of
-    `there` has or that PEFT finds in other modules too, and for a module that cannot be trained.
+    `model` is its name in messages, `modules` what PEFT calls all of its modules. Raises InputError for a name that
+    none of `there` has or that PEFT finds in other modules too, and for a module that cannot be trained.
     """
     names = ", ".join(one.called.rpartition(".")[2] for one in there if not one.refusal) or "none"
     can = f"of {model} these modules can be trained in full: {names}"
@@ -59,8 +60,8 @@ def chosen(
         known = [one for one in there if f".{one.called}".endswith(f".{name}")]
         if not known:
             raise InputError(
-                f"{spelled('modules_to_save')} {name!r}: {can}; others (norms, linear layers of blocks, embeddings of positions) stay as they"
-                " are: give one of these, or leave the option out"
+                f"{spelled('modules_to_save')} {name!r}: {can}; others (norms, linear layers of blocks, embeddings of"
+                " positions) stay as they are: give one of these, or leave the option out"
             )
         for one in known:
             if one.refusal:
@@ -68,15 +69,17 @@ def chosen(
         others = [module for module in modules if module.endswith(name) and module not in {one.called for one in known}]
         if others:
             raise InputError(
-                f"{spelled('modules_to_save')} {name!r}: PEFT would take {', '.join(others)} for it as well; give the module's whole name,"
-                f" {known[0].called}"
+                f"{spelled('modules_to_save')} {name!r}: PEFT would take {', '.join(others)} for it as well; give the"
+                f" module's whole name, {known[0].called}"
             )
         found += known
     return [one for one in there if one in found]
 
 
 def stored(tables: Sequence[SavedModule]) -> dict[str, str]:
-    """What a profile says of modules that are trained in full: module -> the tensor in the store that it starts from."""
+    """What a profile says of modules that are trained in full: module -> the tensor in the store that it starts
+    from.
+    """
     return {table.name: table.weight for table in tables}
 
 
@@ -149,8 +152,8 @@ class _Logits(Slices):
 
 
 class TrainedHead(nn.ModuleList):
-    """hidden states [T, width], labels and what a loss of pairs takes -> (loss float32 [], token losses float32 [T]), as
-    `Decoder.forward` returns them.
+    """hidden states [T, width], labels and what a loss of pairs takes -> (loss float32 [], token losses float32 [T]),
+    as `Decoder.forward` returns them.
 
     With a `cap` a logit is cap * tanh(logit / cap).
     """

@@ -1,11 +1,11 @@
 """The side network of MobiLLM (Li et al. 2025, arXiv 2502.20421) as a module: adapters beside a frozen decoder.
 
-The decoder runs elsewhere and hands over the outputs of some of its blocks; no gradient goes back. An adapter reads one of
-them and the state that the adapters before it have made, mixed by a trained gate, and adds its output to the state. The
-last state is added to the decoder's last hidden state, from which the decoder's own final norm and head make the loss. The
-paper leaves open how the inputs are scaled and how the state is carried on: here each activation is divided by its root
-mean square, because the scale of hidden states grows with depth, and the state is a residual stream, so that a side network
-whose up projections are zero is the decoder itself.
+The decoder runs elsewhere and hands over the outputs of some of its blocks; no gradient goes back. An adapter reads one
+of them and the state that the adapters before it have made, mixed by a trained gate, and adds its output to the state.
+The last state is added to the decoder's last hidden state, from which the decoder's own final norm and head make the
+loss. The paper leaves open how the inputs are scaled and how the state is carried on: here each activation is divided
+by its root mean square, because the scale of hidden states grows with depth, and the state is a residual stream, so
+that a side network whose up projections are zero is the decoder itself.
 
 Shapes: T = batch * seq flat tokens, H = hidden size, R = rank.
 """

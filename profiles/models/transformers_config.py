@@ -80,7 +80,9 @@ def settings_of(config: Any) -> Any:
 
 @contextmanager
 def refused_in_its_words(name: Any) -> Iterator[None]:
-    """While entered, whatever transformers raises on the config of a model is an InputError with its words, in one line."""
+    """While entered, whatever transformers raises on the config of a model is an InputError with its words, in one
+    line.
+    """
     try:
         yield
     except TightfitError:
@@ -97,15 +99,15 @@ def refused_in_its_words(name: Any) -> Iterator[None]:
 
 def encoder_decoder(name: Any) -> InputError:
     return InputError(
-        f"model_type {name!r} is an encoder-decoder model: its loss is that of a second sequence, and a step of tightfit"
-        " has one; use a decoder (a model for AutoModelForCausalLM)"
+        f"model_type {name!r} is an encoder-decoder model: its loss is that of a second sequence, and a step of"
+        " tightfit has one; use a decoder (a model for AutoModelForCausalLM)"
     )
 
 
 def experts(name: Any, found: str) -> InputError:
     return InputError(
-        f"model_type {name!r} is a mixture of experts whose {found} computes something else than the gated MLPs that are"
-        " supported, activation(gate) * up or those of gpt-oss; use another model"
+        f"model_type {name!r} is a mixture of experts whose {found} computes something else than the gated MLPs that"
+        " are supported, activation(gate) * up or those of gpt-oss; use another model"
     )
 
 

@@ -100,13 +100,15 @@ for."""
 
 
 class AnyDecoder(nn.Module):
-    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses float32
-    [batch * seq]).
+    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses
+    float32 [batch * seq]).
 
-    labels, positions, what follows with a `preference`, and `matrix_rows` are as in `tightfit.profiles.models.decoder.Decoder`; a model whose
-    samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it
-    under `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the length of
-    sequences for which rotary frequencies are chosen, where it is not `seq`: an answer's steps have those of the whole answer.
+    labels, positions, what follows with a `preference`, and `matrix_rows` are as in
+    `tightfit.profiles.models.decoder.Decoder`; a model whose samples cannot share rows takes no positions
+    (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it under
+    `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the
+    length of sequences for which rotary frequencies are chosen, where it is not `seq`: an answer's steps have those of
+    the whole answer.
 
     Raises InputError for a config that transformers does not take, and for models that are refused.
     """
@@ -379,8 +381,8 @@ def _causal_class(model_type: Any) -> str:
 
 
 def facts(config: Mapping[str, Any], stored: Iterable[str] = ()) -> DecoderFacts:
-    """What a config's decoder consists of, with the names of `stored`, tensors of a checkpoint, as it has them now. Raises InputError as
-    `AnyDecoder` does.
+    """What a config's decoder consists of, with the names of `stored`, tensors of a checkpoint, as it has them now.
+    Raises InputError as `AnyDecoder` does.
     """
     with refused_in_its_words(config.get("model_type")):
         found, rename = _facts(json.dumps(dict(config), sort_keys=True))
@@ -409,8 +411,8 @@ def _built(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
             raise encoder_decoder(name)
         if (text := theirs.get_text_config()) is not theirs and "text_config" not in config:
             raise InputError(
-                f"model_type {name!r} is a wrapper around a {text.model_type!r} model, and the config has no 'text_config' that"
-                " describes it; download the config.json again"
+                f"model_type {name!r} is a wrapper around a {text.model_type!r} model, and the config has no"
+                " 'text_config' that describes it; download the config.json again"
             )
         with _weightless():
             made = _from_config(transformers, theirs, dtype)
@@ -446,8 +448,8 @@ def _refuse_by_modules(made: Any, name: Any) -> None:
     kinds = {type(child).__name__ for child in made.modules()}
     if not any("attention" in kind.lower() and not re.search(RECURRENT, kind) for kind in kinds):
         raise InputError(
-            f"model_type {name!r} is not supported; supported: {', '.join(families())}, and decoders of transformers that have"
-            " attention layers"
+            f"model_type {name!r} is not supported; supported: {', '.join(families())}, and decoders of transformers"
+            " that have attention layers"
         )
 
 
@@ -578,8 +580,8 @@ def _head(made: Any) -> tuple[float | None, float]:
     if cap and _near(torch.tanh(plain / cap) * cap, logits):
         return float(cap), 1.0
     raise InputError(
-        f"the logits of {type(made).__name__} are not the product of hidden states and head, scaled or soft-capped; it is"
-        " not supported"
+        f"the logits of {type(made).__name__} are not the product of hidden states and head, scaled or soft-capped; it"
+        " is not supported"
     )
 
 

@@ -1,8 +1,9 @@
-"""Experts of transformers' mixtures: which of its classes compute what ours do, and where checkpoints have their matrices.
+"""Experts of transformers' mixtures: which of its classes compute what ours do, and where checkpoints have their
+matrices.
 
-Since its version 5 transformers keeps the matrices of all experts in two tensors of three dimensions, whatever the family, and a
-module of their own takes hidden states, the numbers of the experts of each row and their weights. Most checkpoints hold a tensor for
-each expert.
+Since its version 5 transformers keeps the matrices of all experts in two tensors of three dimensions, whatever the
+family, and a module of their own takes hidden states, the numbers of the experts of each row and their weights. Most
+checkpoints hold a tensor for each expert.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ SIZES = (
 ROUTER_LOSS = "load_balancing_loss_func"
 """What transformers calls the loss of routers in the code of each family that has one."""
 OLD_NAMES = {"mixtral": {"gate", "w1", "w2", "w3"}, "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"}}
-"""Family whose checkpoints a mixture's are like, in transformers' words -> names of linear layers of experts in its older versions, as
-PEFT knows them (`peft.utils.transformers_weight_conversion`)."""
+"""Family whose checkpoints a mixture's are like, in transformers' words -> names of linear layers of experts in its
+older versions, as PEFT knows them (`peft.utils.transformers_weight_conversion`).
+"""
 
 
 def replace_experts(module: nn.Module) -> Experts | None:
@@ -78,7 +80,9 @@ def replace_experts(module: nn.Module) -> Experts | None:
 
 
 def turned_by(module: nn.Module) -> bool:
-    """Whether a module has rows and columns of its matrices the other way round, and the gate of each number beside its up (gpt-oss)."""
+    """Whether a module has rows and columns of its matrices the other way round, and the gate of each number beside its
+    up (gpt-oss).
+    """
     return bool(getattr(module, "is_transposed", False)) and not getattr(module, "is_concatenated", True)
 
 
@@ -109,8 +113,8 @@ def _plainly(
 
 
 def parts_of(key: str, conversions: Sequence[Any]) -> tuple[str, ...]:
-    """The names, with * for the number of an expert, of the tensors in a checkpoint whose rows, expert by expert, are those of the tensor
-    `key` of transformers; `conversions` are its own. () if a checkpoint holds it as it is.
+    """The names, with * for the number of an expert, of the tensors in a checkpoint whose rows, expert by expert, are
+    those of the tensor `key` of transformers; `conversions` are its own. () if a checkpoint holds it as it is.
     """
     for conversion in conversions:
         steps = [type(step).__name__ for step in getattr(conversion, "operations", None) or []]
@@ -127,8 +131,8 @@ def parts_of(key: str, conversions: Sequence[Any]) -> tuple[str, ...]:
 
 
 def names_of_experts(model_type: str) -> set[str]:
-    """What linear layers are called that get no pairs in this family: PEFT takes such a pair for one of the experts, which had layers of
-    these names in transformers before version 5, wherever in the model it stands.
+    """What linear layers are called that get no pairs in this family: PEFT takes such a pair for one of the experts,
+    which had layers of these names in transformers before version 5, wherever in the model it stands.
     """
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
@@ -136,8 +140,8 @@ def names_of_experts(model_type: str) -> set[str]:
 
 
 def router_loss_of(made: Any) -> RouterLoss | None:
-    """The loss of a model's routers, if its config asks for it and its code has one. Raises InputError where that is another than ours,
-    found by comparing both on random scores.
+    """The loss of a model's routers, if its config asks for it and its code has one. Raises InputError where that is
+    another than ours, found by comparing both on random scores.
     """
     theirs = getattr(sys.modules[type(made).__module__], ROUTER_LOSS, None)
     if not getattr(made.config, "output_router_logits", False) or theirs is None:
@@ -158,8 +162,8 @@ def router_loss_of(made: Any) -> RouterLoss | None:
         if same(sums.loss(), theirs(scores, experts, chosen, sums.counted[None])):
             return RouterLoss(chosen, float(coefficient), routers)
     raise InputError(
-        f"config field 'output_router_logits' is true: the loss of routers of {type(made).__name__} is another than that of Switch"
-        " Transformers, which is not supported; set it to false in config.json to train without it"
+        f"config field 'output_router_logits' is true: the loss of routers of {type(made).__name__} is another than"
+        " that of Switch Transformers, which is not supported; set it to false in config.json to train without it"
     )
 
 

@@ -46,7 +46,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ROTATIONS = ("apply_rotary_pos_emb",)
 """What transformers' modelling files call the function that rotates queries and keys."""
 EXPORTING = "is_torchdynamo_exporting"
-"""By this function modelling files choose, for targets other than PyTorch, loops over tokens in place of an operator."""
+"""By this function modelling files choose, for targets other than PyTorch, loops over tokens in place of an
+operator.
+"""
 ROWS = 64
 """Rows of a mask, about, that are looked at where there are too many to look at all."""
 PROBE = (8, 16)
@@ -81,7 +83,9 @@ class FlatNorm(nn.Module):
 
 
 class Rows(nn.Module):
-    """An embedding whose rows are gathered from the store, or that is trained: ids [...] -> [..., width], times `scale`."""
+    """An embedding whose rows are gathered from the store, or that is trained: ids [...] -> [..., width], times
+    `scale`.
+    """
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, scale: float) -> None:
         super().__init__()
@@ -223,7 +227,8 @@ def _mask(batch_size: int, q_length: int, kv_length: int, mask_function: Callabl
 
 
 def _mask_of_answer(mask_function: Callable[..., Any], count: int) -> Tensor | None:
-    """In place of the mask, for a step of an answer: None if it is the causal one, else a tensor that stands for its window.
+    """In place of the mask, for a step of an answer: None if it is the causal one, else a tensor that stands for its
+    window.
 
     Raises InputError as `_mask` does.
     """
@@ -458,7 +463,9 @@ def remember_tables(rotary: nn.Module, context: Context) -> None:
 
 
 def _half_split(rotate: Callable[..., Any]) -> str:
-    """Whether the function rotates the halves of (q, k), "pair", or of one tensor, "one", as our attention does; else ""."""
+    """Whether the function rotates the halves of (q, k), "pair", or of one tensor, "one", as our attention does; else
+    "".
+    """
     names = list(inspect.signature(rotate).parameters)
     kind = "pair" if names[:4] == ["q", "k", "cos", "sin"] else "one" if names[1:3] == ["cos", "sin"] else ""
     if not kind:

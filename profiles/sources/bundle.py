@@ -5,8 +5,8 @@
     vocabulary.json,   (`tightfit.profiles.sources.directory_tokenizer.write_vocabulary`)
     tokenizer.json
 
-`tightfit prepare` writes it on a machine that can trace the model; a service makes the same one, without weights, of a `BundleRequest`.
-Where it has no weights, the device names the model's own files and packs them itself.
+`tightfit prepare` writes it on a machine that can trace the model; a service makes the same one, without weights, of a
+`BundleRequest`. Where it has no weights, the device names the model's own files and packs them itself.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 
 
 class BundleRequest(FrozenRecord):
-    """A language model as its headers describe it, and the step of training that is wanted: all of a model that leaves a device which has
-    it traced elsewhere.
+    """A language model as its headers describe it, and the step of training that is wanted: all of a model that leaves
+    a device which has it traced elsewhere.
     """
 
     name: Name
@@ -95,7 +95,9 @@ class Bundle(FrozenRecord):
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> Self:
-        """Raises InputError for what is no such file, damaged, or of another version; `name` is what messages call it."""
+        """Raises InputError for what is no such file, damaged, or of another version; `name` is what messages call
+        it.
+        """
         try:
             data = from_json(content)
         except JsonError as error:
@@ -131,8 +133,8 @@ class Bundle(FrozenRecord):
         return cls.parse(content, str(path))
 
     def save(self, folder: Path, store: Path | None = None, vocabulary: Vocabulary | None = None) -> None:
-        """Write the bundle into a folder, with copies of the packed weights in `store` and of the vocabulary. What the folder held of an
-        earlier one is replaced.
+        """Write the bundle into a folder, with copies of the packed weights in `store` and of the vocabulary. What the
+        folder held of an earlier one is replaced.
 
         Raises InputError for a folder that cannot be written, RunError if the disk is full.
         """
@@ -154,23 +156,25 @@ class Bundle(FrozenRecord):
         write_whole(folder / BUNDLE, self.json())  # the last one: until then the folder is no bundle
 
     def check_config(self, name: str, config: dict[str, Any]) -> None:
-        """Raise InputError if the bundle was made for a model with another configuration than that of the model `name`."""
+        """Raise InputError if the bundle was made for a model with another configuration than that of the model
+        `name`.
+        """
         there, here = _without_places(self.request.config), _without_places(config)
         for field in sorted({*there, *here}):
             if there.get(field) != here.get(field):
                 raise InputError(
-                    f"the bundle was made for {self.request.name}, and {name} is another model: its configuration says {field}"
-                    f" {there.get(field)!r} there and {here.get(field)!r} here; make a bundle of this one"
+                    f"the bundle was made for {self.request.name}, and {name} is another model: its configuration says"
+                    f" {field} {there.get(field)!r} there and {here.get(field)!r} here; make a bundle of this one"
                 )
 
     def source(self, folder: Path, *, base: str | None = None, embeddings: str | None = None) -> Source:
-        """The model in the bundle, which lies in a folder. Raises InputError where its weights are elsewhere, or packed in another
-        precision than is asked for.
+        """The model in the bundle, which lies in a folder. Raises InputError where its weights are elsewhere, or packed
+        in another precision than is asked for.
         """
         if self.weights is None:
             raise InputError(
-                f"{folder}: a bundle without weights; name the model's own files, and this folder by {spelled('bundle')}, or make it again"
-                " with `tightfit prepare --weights`"
+                f"{folder}: a bundle without weights; name the model's own files, and this folder by"
+                f" {spelled('bundle')}, or make it again with `tightfit prepare --weights`"
             )
         for option, asked in (("base", base), ("embeddings", embeddings)):
             packed = getattr(self.weights, option)

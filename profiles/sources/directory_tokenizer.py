@@ -1,5 +1,5 @@
-"""Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates; writes and reads what tightfit
-itself keeps of a vocabulary.
+"""Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates; writes and reads what
+tightfit itself keeps of a vocabulary.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ from tightfit.runtime.engine.weights.store import RAW
 
 KINDS = {dtype: name for name, dtype in RAW.items()}
 INPUTS = "inputs"
-"""Key in a model's `config`: how many tensors of a batch are the module's inputs, where the others are a loss_fn's targets."""
+"""Key in a model's `config`: how many tensors of a batch are the module's inputs, where the others are a loss_fn's
+targets.
+"""
 
 
 def factory_source(source: str, *, seed: int = 0) -> Source:
@@ -55,8 +57,8 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
     state = module.state_dict(keep_vars=True)
     if unsaved := [key for key, value in state.items() if id(value) not in names]:
         raise InputError(
-            f"{source}: the module's state_dict holds {', '.join(unsaved)}, no parameter or buffer (of get_extra_state, for example), and"
-            " a trained model is saved without such things; keep them in buffers, or leave them out"
+            f"{source}: the module's state_dict holds {', '.join(unsaved)}, no parameter or buffer (of get_extra_state,"
+            " for example), and a trained model is saved without such things; keep them in buffers, or leave them out"
         )
     keys = {key: names[id(tensor)] for key, tensor in state.items()}
 
@@ -87,9 +89,10 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
 def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, ...]], int | None]:
     """(module, batches, inputs) of a factory, in float32, with the same initial parameters for the same seed.
 
-    The first of the batches is the sample; there are more, at most `STEPS`, where the factory gives an iterator of batches or a
-    DataLoader in its place. The module returns the loss of a batch's tensors, one after the other. Where the factory gives a loss_fn,
-    the first `inputs` of them are the module's own and the others the loss_fn's targets; otherwise `inputs` is None.
+    The first of the batches is the sample; there are more, at most `STEPS`, where the factory gives an iterator of
+    batches or a DataLoader in its place. The module returns the loss of a batch's tensors, one after the other. Where
+    the factory gives a loss_fn, the first `inputs` of them are the module's own and the others the loss_fn's targets;
+    otherwise `inputs` is None.
 
     Raises InputError if the factory cannot be imported, fails, or returns something else.
     """
@@ -112,7 +115,8 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
         if isinstance(returned, tuple):
             description = f"({', '.join(type(item).__name__ for item in returned)})"
         raise InputError(
-            f"{source}: returned {description}; a factory returns (nn.Module, tuple of sample batch tensors), or these and a loss_fn"
+            f"{source}: returned {description}; a factory returns (nn.Module, tuple of sample batch tensors), or these"
+            " and a loss_fn"
         )
     module, batch, *loss_fn = returned
     inputs: int | None = None
@@ -123,7 +127,8 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
             raise InputError(
-                f"{source}: item {index} of the sample batch is of type {type(tensor).__name__}; a batch is a tuple of tensors"
+                f"{source}: item {index} of the sample batch is of type {type(tensor).__name__}; a batch is a tuple of"
+                " tensors"
             )
     _check_types(module, source)
     if not any(True for _ in module.parameters()):
@@ -159,25 +164,26 @@ def _check_types(module: nn.Module, source: str) -> None:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if lazy_names := [name for name, tensor in tensors if is_lazy(tensor)]:
         raise InputError(
-            f"{source}: {', '.join(lazy_names)} have no shape before the module has seen a batch (LazyLinear and the like); call it in the"
-            " factory once, on the sample batch"
+            f"{source}: {', '.join(lazy_names)} have no shape before the module has seen a batch (LazyLinear and the"
+            " like); call it in the factory once, on the sample batch"
         )
     if float64_names := [name for name, tensor in tensors if tensor.dtype is torch.float64]:
         raise InputError(
-            f"{source}: {', '.join(float64_names)} are float64, and a step computes in float32; where that will do, return module.float()"
+            f"{source}: {', '.join(float64_names)} are float64, and a step computes in float32; where that will do,"
+            " return module.float()"
         )
 
 
 def flat_batch(batch: Sequence[Any], name: str) -> tuple[list[Any], int]:
     """(the tensors of a batch (inputs, targets), how many of them are inputs), where a module has a loss_fn.
 
-    Either part is a tensor or a tuple of tensors. Raises InputError, which calls the batch `name`, for another number of
-    parts.
+    Either part is a tensor or a tuple of tensors. Raises InputError, which calls the batch `name`, for another number
+    of parts.
     """
     if len(batch) != 2:
         raise InputError(
-            f"{name} has {len(batch)} item{'s' * (len(batch) != 1)}; where there is a loss_fn it has two, inputs and targets:"
-            " tensors or tuples of tensors, such as ((a, b), labels) for a module of two inputs"
+            f"{name} has {len(batch)} item{'s' * (len(batch) != 1)}; where there is a loss_fn it has two, inputs and"
+            " targets: tensors or tuples of tensors, such as ((a, b), labels) for a module of two inputs"
         )
     inputs, targets = ([part] if isinstance(part, Tensor) else list(part) for part in batch)
     return [*inputs, *targets], len(inputs)
@@ -188,8 +194,8 @@ def narrowed(
 ) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """What `build_module` makes, with parameters and inputs in `dtype`, as after `module.to(dtype)`.
 
-    Norms with running statistics stay in float32, since statistics in bfloat16 would stand still, and so do the buffers and
-    targets of a loss_fn.
+    Norms with running statistics stay in float32, since statistics in bfloat16 would stand still, and so do the buffers
+    and targets of a loss_fn.
     """
     module.to(dtype)
     norms = [kept for kept in module.modules() if isinstance(kept, _NormBase)]
@@ -207,7 +213,8 @@ def as_trained(batch: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
     """
     if float64_items := [str(index) for index, tensor in enumerate(batch) if tensor.dtype is torch.float64]:
         raise InputError(
-            f"{name}: item {', '.join(float64_items)} is float64, and a step computes in float32; where that will do, give tensor.float()"
+            f"{name}: item {', '.join(float64_items)} is float64, and a step computes in float32; where that will do,"
+            " give tensor.float()"
         )
     return tuple((tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in batch)
 

@@ -1,8 +1,10 @@
-"""A model from what the header of its file says, sent by somebody who keeps the file: its configuration and its precision.
+"""A model from what the header of its file says, sent by somebody who keeps the file: its configuration and its
+precision.
 
-The code that opens GGUF files makes both, and refuses what it would refuse of the file itself. A safetensors file has the names and
-shapes of tensors alone: they tell Llama, Qwen2, Qwen3 and Gemma 3 apart, and all sizes but that of a head where heads have no norm,
-for which the family's usual size is taken. What only config.json says (how positions turn, windows) changes no bytes.
+The code that opens GGUF files makes both, and refuses what it would refuse of the file itself. A safetensors file has
+the names and shapes of tensors alone: they tell Llama, Qwen2, Qwen3 and Gemma 3 apart, and all sizes but that of a head
+where heads have no norm, for which the family's usual size is taken. What only config.json says (how positions turn,
+windows) changes no bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class FileHeader(FrozenRecord):
 
 
 def model_of_header(header: FileHeader, precision: Precision) -> tuple[dict[str, Any], Bits | None, Bits | None]:
-    """The configuration of the model, and the precision of its matrices and of embedding and head, where the file has a choice made.
+    """The configuration of the model, and the precision of its matrices and of embedding and head, where the file has a
+    choice made.
 
     Raises InputError for a header that is of no decoder, or does not fit together.
     """
@@ -93,7 +96,9 @@ def model_of_header(header: FileHeader, precision: Precision) -> tuple[dict[str,
 
 
 def _config_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The configuration of the decoder whose tensors have these names and shapes. Raises InputError for what is none."""
+    """The configuration of the decoder whose tensors have these names and shapes. Raises InputError for what is
+    none.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
@@ -105,7 +110,8 @@ def _config_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
     if expert := next((name for name in shapes if EXPERT.search(name)), None):
         raise InputError(
-            f"tensor {expert} is of a mixture of experts, and a header does not say through how many a token goes; give the config.json"
+            f"tensor {expert} is of a mixture of experts, and a header does not say through how many a token goes; give"
+            " the config.json"
         )
     vocabulary, hidden = (*shape("model.embed_tokens.weight"), 0)[:2]
     biased, normed = f"{LAYER}self_attn.q_proj.bias" in shapes, f"{LAYER}self_attn.q_norm.weight" in shapes

@@ -1,8 +1,8 @@
 """Reads the header of a GGUF file: its metadata, which are key-value pairs, and where its tensors lie.
 
 The gguf package's reader keeps several arrays for each string, about 1.6 KB: 160 MiB for the 98,000 strings of
-SmolLM2's tokenizer. Of this reader's, a long list of texts stays in the file until it is asked for. It uses the standard
-library only, because the process that prepares a run reads tokenizers with it.
+SmolLM2's tokenizer. Of this reader's, a long list of texts stays in the file until it is asked for. It uses the
+standard library only, because the process that prepares a run reads tokenizers with it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class TextList(Sequence[str]):
-    """A long list of texts, read from the file at each use. Raises InputError where the file cannot be read any more."""
+    """A long list of texts, read from the file at each use. Raises InputError where the file cannot be read any
+    more.
+    """
 
     def __init__(self, path: Path, count: int, places: array.array[int]) -> None:
         self._path, self._count, self._places = path, count, places

@@ -100,6 +100,7 @@ def _floats(file: FileParts, tensor: GgufEntry, block: Tensor) -> Tensor:
         values = dequantize(packed, gguf.GGMLQuantizationType[tensor.kind])
     except NotImplementedError as error:
         raise InputError(
-            f"{file.path}: tensor {tensor.name!r} is {tensor.kind}, which the gguf package cannot unpack; use a Q4_1, Q4_K_M or Q8_0 file"
+            f"{file.path}: tensor {tensor.name!r} is {tensor.kind}, which the gguf package cannot unpack; use a Q4_1,"
+            " Q4_K_M or Q8_0 file"
         ) from error
     return torch.frombuffer(np.ascontiguousarray(values, dtype=np.float32), dtype=torch.float32).view(len(block), -1)

@@ -3,10 +3,9 @@
 Quantised values are kept, code for code: Q4_0, Q4_1 and Q8_0 in the store's own groups, Q5_0, Q5_1 and K-quants in
 blocks as they are in the file. Types that the store has no form of (IQ4_XS, MXFP4 and others) are unpacked to bfloat16,
 which rounds as unpacking them in a step would. Matrices in F16, BF16 and F32 get the precision that is asked for.
-llama.cpp permutes the rows of
-Llama's q and k for its interleaved rotary embedding; they are put back into Hugging Face's half-split order. GGUF files
-hold Gemma's norm weights with 1 added; it is subtracted again. `tightfit.profiles.sources.gguf_rows` reads the rows; here
-only the header is read, without PyTorch.
+llama.cpp permutes the rows of Llama's q and k for its interleaved rotary embedding; they are put back into Hugging
+Face's half-split order. GGUF files hold Gemma's norm weights with 1 added; it is subtracted again.
+`tightfit.profiles.sources.gguf_rows` reads the rows; here only the header is read, without PyTorch.
 """
 
 from __future__ import annotations
@@ -124,8 +123,8 @@ def _numbers(file: FileParts, tensor: GgufEntry) -> Sequence[float]:
 def matched_tensors(
     config: dict[str, Any], tensors_in_file: dict[str, GgufEntry], precision: Precision
 ) -> list[tuple[Entry, list[GgufEntry]]]:
-    """(entry, tensors in the file that it is made of) for every tensor of the decoder: one, but for gates and ups of experts, which are two.
-    Raises InputError for missing or unexpected ones.
+    """(entry, tensors in the file that it is made of) for every tensor of the decoder: one, but for gates and ups of
+    experts, which are two. Raises InputError for missing or unexpected ones.
     """
     by_name = {_hugging_face_name(config, name): tensor for name, tensor in tensors_in_file.items()}
     decoder = decoder_shape(_with_biases(config, by_name))
@@ -143,7 +142,8 @@ def matched_tensors(
         for tensor in found:
             if tensor.shape != due:
                 raise InputError(
-                    f"tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(due)} is due; the file's metadata does not fit its weights"
+                    f"tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(due)} is due; the file's"
+                    " metadata does not fit its weights"
                 )
         kind = found[0].kind if len({tensor.kind for tensor in found}) == 1 else MIXED
         if len(size) == 1:
@@ -159,7 +159,8 @@ def matched_tensors(
         pairs.append((entry, found))
     if by_name:
         raise InputError(
-            f"tensor {next(iter(by_name.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"
+            f"tensor {next(iter(by_name.values())).name!r} belongs to no {config['model_type']} decoder; this variant"
+            " is not supported"
         )
     return pairs
 

@@ -31,7 +31,9 @@ PLAIN = ("default", "gpt-2", "gpt2")
 
 
 def gguf_vocabulary(path: Path) -> Vocabulary:
-    """Build the tokenizer from ``tokenizer.*`` metadata. Raises InputError if the file is unreadable or the kind unsupported."""
+    """Build the tokenizer from ``tokenizer.*`` metadata. Raises InputError if the file is unreadable or the kind
+    unsupported.
+    """
     metadata = read_metadata(path)
     tokens = _tokens(path, metadata)
 
@@ -86,7 +88,8 @@ def _tokens(path: Path, metadata: Mapping[str, Any]) -> Sequence[str]:
     tokens: Sequence[str] | None = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise InputError(
-            f"{path}: tokenizer of kind {kind!r} is not supported; supported: gpt2, llama; use the model's Hugging Face directory"
+            f"{path}: tokenizer of kind {kind!r} is not supported; supported: gpt2, llama; use the model's Hugging Face"
+            " directory"
         )
     return tokens
 
@@ -142,7 +145,8 @@ def _pipeline(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     else:
         known = ", ".join((*SPLITS, *DIGITS, *PLAIN))
         raise InputError(
-            f"{path}: pre-tokenizer {split!r} is not supported; supported: {known}; use the model's Hugging Face directory"
+            f"{path}: pre-tokenizer {split!r} is not supported; supported: {known}; use the model's Hugging Face"
+            " directory"
         )
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

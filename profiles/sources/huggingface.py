@@ -48,8 +48,8 @@ BASE = re.compile(r"(?:language_model\.)?(?=(?:embed_tokens|layers|norm)\.)")
 def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | None = None) -> Source:
     """The model in a directory with config.json and safetensors.
 
-    `precision` is that of matrices which are not quantised yet; `name` replaces the directory's name. Raises InputError,
-    naming the file or tensor at fault.
+    `precision` is that of matrices which are not quantised yet; `name` replaces the directory's name. Raises
+    InputError, naming the file or tensor at fault.
     """
     config = read_config(path / "config.json")
     method = method_of(path, config)
@@ -206,11 +206,12 @@ def checkpoint_files(path: Path) -> list[Path]:
     pickled = sorted(path.glob("pytorch_model*.bin")) or sorted(path.glob("*.bin"))
     if pickled:
         raise InputError(
-            f"{path}: {pickled[0].name} is a pickle, which runs code when it is read, and is not opened; convert it where you"
-            f" trust it: {CONVERSION}"
+            f"{path}: {pickled[0].name} is a pickle, which runs code when it is read, and is not opened; convert it"
+            f" where you trust it: {CONVERSION}"
         )
     raise InputError(
-        f"{path}: no model.safetensors; save the model with save_pretrained(safe_serialization=True), or give config.json itself for random weights"
+        f"{path}: no model.safetensors; save the model with save_pretrained(safe_serialization=True), or give"
+        " config.json itself for random weights"
     )
 
 
@@ -242,7 +243,8 @@ def _check_known(path: Path, config: dict[str, Any], names: Iterable[str], entri
             continue
         if int(layer[1]) < config["num_hidden_layers"]:
             raise InputError(
-                f"{path}: tensor {name!r} belongs to no {config['model_type']} decoder of this config.json; this variant is not supported"
+                f"{path}: tensor {name!r} belongs to no {config['model_type']} decoder of this config.json; this"
+                " variant is not supported"
             )
 
 
@@ -251,12 +253,14 @@ def _row_reader(tensor: FileTensor, entry: Entry, experts: int) -> Callable[[int
         return flattened_rows(tensor, experts, entry.shape)
     if tensor.shape != entry.shape:
         raise InputError(
-            f"{tensor.file.path}: tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(entry.shape)} is due; config.json does not fit the weights"
+            f"{tensor.file.path}: tensor {tensor.name!r} has shape {list(tensor.shape)} where {list(entry.shape)} is"
+            " due; config.json does not fit the weights"
         )
 
     if tensor.dtype not in PUBLISHED:
         raise InputError(
-            f"{tensor.file.path}: tensor {tensor.name!r} is {tensor.dtype}, and config.json states no quantisation that can be read; use the model's 16-bit weights or a GGUF file"
+            f"{tensor.file.path}: tensor {tensor.name!r} is {tensor.dtype}, and config.json states no quantisation that"
+            " can be read; use the model's 16-bit weights or a GGUF file"
         )
 
     def rows(start: int, stop: int) -> Tensor:

@@ -46,8 +46,8 @@ def resolve(
 
     `base` and `embeddings` are 4bit, 8bit or 16bit, for matrices that are not quantised yet and for the embedding and
     the head among them (`tightfit.profiles.weights.precision.Precision`); `seed` is that of a bare config's random
-    weights and of a factory's initial ones. `decoder` is what a decoder that transformers builds consists of, where that is known:
-    transformers is not needed then.
+    weights and of a factory's initial ones. `decoder` is what a decoder that transformers builds consists of, where
+    that is known: transformers is not needed then.
     """
     from tightfit.profiles.weights.precision import precision
 
@@ -87,8 +87,8 @@ def resolve_traced(
     base: str | None = None,
     embeddings: str | None = None,
 ) -> tuple[Source, Bundle | None]:
-    """The model that `source` names, and what was traced of it: the bundle that `source` itself is, or that lies in the folder `bundle`;
-    None where neither is. Raises InputError for a bundle that was made for another model.
+    """The model that `source` names, and what was traced of it: the bundle that `source` itself is, or that lies in the
+    folder `bundle`; None where neither is. Raises InputError for a bundle that was made for another model.
     """
     kind, path = _named(source)
     folder = path if kind == "bundle" and bundle is None else bundle
@@ -106,8 +106,8 @@ def resolve_traced(
 
 
 def headers(source: str | os.PathLike[str], *, base: str | None = None, embeddings: str | None = None) -> BundleRequest:
-    """What a language model's headers say that has to be known to trace it elsewhere; builds no decoder. Raises InputError for a bundle,
-    which is traced already.
+    """What a language model's headers say that has to be known to trace it elsewhere; builds no decoder. Raises
+    InputError for a bundle, which is traced already.
     """
     from tightfit.profiles.sources.bundle import BundleRequest
 
@@ -220,8 +220,8 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
 
 
 def end_tokens(source: str | os.PathLike[str]) -> list[int]:
-    """The tokens that end an answer of the model named by `source`, as its generation_config.json, else its config.json says,
-    or its GGUF file. Imports no PyTorch.
+    """The tokens that end an answer of the model named by `source`, as its generation_config.json, else its config.json
+    says, or its GGUF file. Imports no PyTorch.
 
     Raises InputError if `source` names nothing or is damaged.
     """
@@ -311,8 +311,8 @@ def _not_a_name(value: Any) -> str:
     if isinstance(value, type) or any(base.__name__ == "Module" for base in kind.__mro__):
         description = value.__qualname__ if isinstance(value, type) else f"a {kind.__qualname__}"
         return (
-            f"{description} itself was given, and other processes have to make it: write a function without arguments that returns the module"
-            " and a sample batch, and give its name, such as 'my_file:factory'"
+            f"{description} itself was given, and other processes have to make it: write a function without arguments"
+            " that returns the module and a sample batch, and give its name, such as 'my_file:factory'"
         )
     if callable(value):
         name = f"{module_name}:{getattr(value, '__qualname__', '')}"

@@ -1,7 +1,7 @@
 """Packs a model's weights into a store, in a process of its own where this one has not loaded PyTorch.
 
-The worker (`tightfit.profiles.worker_process`) loads PyTorch's kernels alone, opens the same model again and packs it a few
-MiB at a time; what it writes is the same to the bit.
+The worker (`tightfit.profiles.worker_process`) loads PyTorch's kernels alone, opens the same model again and packs it a
+few MiB at a time; what it writes is the same to the bit.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ NUMPY_BYTES = 32 << 20
 def packed_store(source: Source, directory: str | os.PathLike[str], progress: PackProgress | None = None) -> Path:
     """Path of the packed store of `source` in `directory`, written now unless an intact one is there already.
 
-    Raises InputError for weights that do not fit the model's config, RunError if the disk is full or the worker fails; no
-    partial file is ever left under the store's name.
+    Raises InputError for weights that do not fit the model's config, RunError if the disk is full or the worker fails;
+    no partial file is ever left under the store's name.
     """
     if source.store is not None:
         return source.store
@@ -89,7 +89,9 @@ def packing_bytes(source: Source) -> int:
 
 
 def _block_bytes(entry: Entry) -> int:
-    """Bytes that converting a block of rows takes: what the file has of them, float32 values, and the packed form twice."""
+    """Bytes that converting a block of rows takes: what the file has of them, float32 values, and the packed form
+    twice.
+    """
     return block_rows(entry) * (entry.columns * (4 + 4) + 2 * entry.row_bytes)
 
 

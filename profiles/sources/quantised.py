@@ -1,9 +1,9 @@
 """Matrices that Hugging Face checkpoints hold quantised: bitsandbytes (NF4, int8), GPTQ and AWQ, kept code for code.
 
 Sources of the layouts: `QuantState` and the kernels of bitsandbytes; AutoGPTQ's `qlinear_cuda_old.py` (version 1, whose
-zeros are stored less 1, and version 2, `gptq_v2`); AutoAWQ's `gemm.py`. Values are what the codes mean in float32, which
-is rounded once, to the type of the arithmetic, when a weight is unpacked. What the store has no form of (4-bit GPTQ with
-act-order, FP4) is unpacked to bfloat16 when it is packed: the same values in a bfloat16 step, in 16 bits.
+zeros are stored less 1, and version 2, `gptq_v2`); AutoAWQ's `gemm.py`. Values are what the codes mean in float32,
+which is rounded once, to the type of the arithmetic, when a weight is unpacked. What the store has no form of (4-bit
+GPTQ with act-order, FP4) is unpacked to bfloat16 when it is packed: the same values in a bfloat16 step, in 16 bits.
 
 Here the matrices are found and described, without PyTorch; `tightfit.profiles.sources.quantised_rows` reads their rows.
 """
@@ -126,8 +126,8 @@ def find(
 def _check(name: str, property_name: str, actual: Any, expected: Any) -> None:
     if actual != expected:
         raise InputError(
-            f"tensor {name!r}: its {property_name} is {actual} where {expected} is due; the checkpoint is damaged, or of a form that is not"
-            " supported"
+            f"tensor {name!r}: its {property_name} is {actual} where {expected} is due; the checkpoint is damaged, or"
+            " of a form that is not supported"
         )
 
 

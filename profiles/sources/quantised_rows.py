@@ -1,5 +1,5 @@
-"""Reads rows of the quantised matrices that `tightfit.profiles.sources.quantised` has found: in the store's form, or unpacked
-where it has none.
+"""Reads rows of the quantised matrices that `tightfit.profiles.sources.quantised` has found: in the store's form, or
+unpacked where it has none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ COLUMN_OF_AWQ = torch.argsort(AWQ_ORDER)
 
 
 def row_reader(matrix: QuantisedMatrix, load: Load) -> Callable[[int, int], Tensor]:
-    """Reads rows of a matrix, as in `tightfit.profiles.weights.source.SourceTensor`; `load` gives the tensors of its file."""
+    """Reads rows of a matrix, as in `tightfit.profiles.weights.source.SourceTensor`; `load` gives the tensors of its
+    file.
+    """
     layout = matrix.layout
     if isinstance(layout, FourBitLayout):
         return _four_bit(matrix, layout, load)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def parts_there(name: str, parts: Sequence[str], experts: int, locations: Mapping[str, Any]) -> list[str]:
-    """The names in `locations` of the tensors of single experts whose rows, one after the other, are those of the tensor `name`; `parts`
-    has them with * for the number of an expert. None where a file holds it as it is, or none of them. Raises InputError where some of
-    them are missing.
+    """The names in `locations` of the tensors of single experts whose rows, one after the other, are those of the
+    tensor `name`; `parts` has them with * for the number of an expert. None where a file holds it as it is, or none of
+    them. Raises InputError where some of them are missing.
     """
     if name in locations or not parts:
         return []
@@ -28,8 +28,8 @@ def parts_there(name: str, parts: Sequence[str], experts: int, locations: Mappin
     missing = [name for name in names if name not in locations]
     if missing and len(missing) < len(names):
         raise InputError(
-            f"no tensor {missing[0]!r} in the model's safetensors files ({len(missing)} of {len(names)} of its experts' matrices are"
-            " missing); download the model again"
+            f"no tensor {missing[0]!r} in the model's safetensors files ({len(missing)} of {len(names)} of its experts'"
+            " matrices are missing); download the model again"
         )
     return [] if missing else names
 
@@ -53,14 +53,15 @@ def stacked_tensor(entry: Entry, parts: Sequence[str], load: Callable[[str], Fil
 
 
 def _stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callable[[int, int], Tensor]:
-    """Reads rows of a matrix of this shape, in float32, in which the matrices `stored` stand below one another. Raises InputError for one
-    of another shape.
+    """Reads rows of a matrix of this shape, in float32, in which the matrices `stored` stand below one another. Raises
+    InputError for one of another shape.
     """
     height, width = shape[0] // len(stored), shape[1]
     for one in stored:
         if one.shape != (height, width):
             raise InputError(
-                f"{one.file.path}: tensor {one.name!r} has shape {list(one.shape)} where {[height, width]} is due; config.json does not fit the weights"
+                f"{one.file.path}: tensor {one.name!r} has shape {list(one.shape)} where {[height, width]} is due;"
+                " config.json does not fit the weights"
             )
 
     def rows(start: int, stop: int) -> Tensor:
@@ -73,7 +74,9 @@ def _stacked_rows(stored: Sequence[FileTensor], shape: Sequence[int]) -> Callabl
 
 
 def spans(start: int, stop: int, height: int) -> Iterator[tuple[int, int, int]]:
-    """(number of a matrix, first of its rows, end) for rows [start, stop) of matrices of so many rows that stand below one another."""
+    """(number of a matrix, first of its rows, end) for rows [start, stop) of matrices of so many rows that stand below
+    one another.
+    """
     while start < stop:
         number, first = divmod(start, height)
         last = min(height, first + stop - start)
@@ -86,7 +89,8 @@ def flattened_rows(stored: FileTensor, experts: int, shape: Sequence[int]) -> Ca
     due = (experts, shape[0] // experts, shape[1])
     if stored.shape != due:
         raise InputError(
-            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(due)} is due; config.json does not fit the weights"
+            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(due)} is due;"
+            " config.json does not fit the weights"
         )
 
     def rows(start: int, stop: int) -> Tensor:
@@ -100,13 +104,14 @@ def flattened_rows(stored: FileTensor, experts: int, shape: Sequence[int]) -> Ca
 def turned_rows(
     stored: FileTensor, experts: int, shape: Sequence[int], *, in_turn: bool
 ) -> Callable[[int, int], Tensor]:
-    """The same of one tensor whose matrices have rows and columns the other way round; `in_turn`: whether the gate of each number stands
-    beside its up.
+    """The same of one tensor whose matrices have rows and columns the other way round; `in_turn`: whether the gate of
+    each number stands beside its up.
     """
     height, width = shape[0] // experts, shape[1]
     if stored.shape != (experts, width, height):
         raise InputError(
-            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {[experts, width, height]} is due; config.json does not fit the weights"
+            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where"
+            f" {[experts, width, height]} is due; config.json does not fit the weights"
         )
 
     @functools.lru_cache(maxsize=1)
@@ -126,7 +131,9 @@ def turned_rows(
 
 
 def mxfp4_parts(name: str, locations: Mapping[str, Any]) -> list[str]:
-    """The names of the codes and scales of all experts in MXFP4, as transformers writes them; none where they are not in `locations`."""
+    """The names of the codes and scales of all experts in MXFP4, as transformers writes them; none where they are not
+    in `locations`.
+    """
     names = [f"{name}_blocks", f"{name}_scales"]
     return names if all(part in locations for part in names) else []
 
@@ -134,14 +141,15 @@ def mxfp4_parts(name: str, locations: Mapping[str, Any]) -> list[str]:
 def mxfp4_rows(
     blocks: FileTensor, scales: FileTensor, experts: int, shape: Sequence[int], *, in_turn: bool
 ) -> Callable[[int, int], Tensor]:
-    """Reads rows of the store's format mxfp4 from codes [experts, rows, groups, 16] and scales [experts, rows, groups]; `in_turn` as
-    above. Raises InputError for tensors of other shapes.
+    """Reads rows of the store's format mxfp4 from codes [experts, rows, groups, 16] and scales [experts, rows, groups];
+    `in_turn` as above. Raises InputError for tensors of other shapes.
     """
     height, groups = shape[0] // experts, shape[1] // 32
     for stored, due in ((blocks, (experts, height, groups, 16)), (scales, (experts, height, groups))):
         if stored.shape != due or stored.dtype != "U8":
             raise InputError(
-                f"{stored.file.path}: tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where U8 {list(due)} is due; config.json does not fit the weights"
+                f"{stored.file.path}: tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where U8"
+                f" {list(due)} is due; config.json does not fit the weights"
             )
 
     def rows(start: int, stop: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Says where a model's tokenizer lies, and loads it. The library `tokenizers` is imported by the process that loads it alone."""
+"""Says where a model's tokenizer lies, and loads it. The library `tokenizers` is imported by the process that loads it
+alone.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How much a process holds once it has loaded a tokenizer: what the last one held, by the digest of the tokenizer's file, and before the
-first time what the number and length of the texts in that file make likely at most.
+"""How much a process holds once it has loaded a tokenizer: what the last one held, by the digest of the tokenizer's
+file, and before the first time what the number and length of the texts in that file make likely at most.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from tightfit.runtime.common.units import MIB
 PROCESS_BYTES = 32 * MIB
 """Most that a process holds once the library is imported, before it loads a tokenizer."""
 TEXT_BYTES = 400
-"""Most that loading takes for each text of a file, tokens and both sides of merges: 215 to 360 were measured, of byte pairs and word pieces,
-from 30,000 to 500,000 tokens."""
+"""Most that loading takes for each text of a file, tokens and both sides of merges: 215 to 360 were measured, of byte
+pairs and word pieces, from 30,000 to 500,000 tokens.
+"""
 BYTES_PER_BYTE = 1
 """That loading takes for each byte of a tokenizer.json, which is read as a whole."""
 PREFIX_BYTES = 350
-"""Most that each byte of a token takes where the library keeps the beginnings of tokens, as it does for unigram models."""
+"""Most that each byte of a token takes where the library keeps the beginnings of tokens, as it does for unigram
+models.
+"""
 GGUF_BYTES_PER_BYTE = 4
 """Most that each byte of a GGUF file's header takes, whose texts are Python's for a while."""
 MERGES_PER_TOKEN = 2

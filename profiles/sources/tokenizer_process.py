@@ -1,8 +1,8 @@
 """Holds a tokenizer in a process of its own, which has ended before the next phase of a command begins.
 
-The library `tokenizers` keeps a whole vocabulary in memory. So whoever has texts to turn into tokens starts a worker for it
-(`tightfit.profiles.worker_process`), which loads the tokenizer, does its work and is gone. What that takes is known before
-(`tightfit.profiles.sources.tokenizer_memory`).
+The library `tokenizers` keeps a whole vocabulary in memory. So whoever has texts to turn into tokens starts a worker
+for it (`tightfit.profiles.worker_process`), which loads the tokenizer, does its work and is gone. What that takes is
+known before (`tightfit.profiles.sources.tokenizer_memory`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.engine.device.resident import memory
 
 WORK_BYTES = 6 * MIB
-"""Most that turning short texts into tokens takes: what the library remembers of words, templates, a sample and its tokens."""
+"""Most that turning short texts into tokens takes: what the library remembers of words, templates, a sample and its
+tokens.
+"""
 ELSEWHERE = (
     "tokenise the data on a larger machine: a run there leaves them in OUT/data/train.records, which is taken as data"
 )
@@ -41,10 +43,11 @@ def with_tokenizer(
 ) -> Any:
     """What the worker `module` makes of a request (`work_with_tokenizer`), with the tokenizer in `file`.
 
-    `doing` is what it does, in words. With a budget, that is for this process and the worker together, and what the worker does with it is
-    its own; `longest_bytes` are those that its longest text will take in addition, so far as there is room. `elsewhere` is what to do where
-    more memory cannot be had, in words. Raises CapError, before the
-    worker starts, where the tokenizer has no place in the budget, InputError where that is not free, and what the worker raises.
+    `doing` is what it does, in words. With a budget, that is for this process and the worker together, and what the
+    worker does with it is its own; `longest_bytes` are those that its longest text will take in addition, so far as
+    there is room. `elsewhere` is what to do where more memory cannot be had, in words. Raises CapError, before the
+    worker starts, where the tokenizer has no place in the budget, InputError where that is not free, and what the
+    worker raises.
     """
     from tightfit.profiles.sources.tokenizer_memory import KnownMemory  # imports hashlib, which the worker does without
 
@@ -56,9 +59,9 @@ def with_tokenizer(
     if needed_bytes > room_bytes:
         enough = format_size(-(-(own_bytes + needed_bytes) // MIB) * MIB)
         raise CapError(
-            f"{doing} takes about {format_size(needed_bytes)} in a process of its own for the tokenizer of {file.path}, beside the"
-            f" {format_size(own_bytes)} of this one, and the budget is {format_size(own_bytes + room_bytes)}; give at least {enough}"
-            + otherwise
+            f"{doing} takes about {format_size(needed_bytes)} in a process of its own for the tokenizer of {file.path},"
+            f" beside the {format_size(own_bytes)} of this one, and the budget is"
+            f" {format_size(own_bytes + room_bytes)}; give at least {enough}" + otherwise
         )
 
     def on_message(message: dict[str, Any]) -> None:

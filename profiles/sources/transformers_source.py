@@ -1,8 +1,8 @@
 """Opens decoders that are not written by hand: directories and bare configs whose tensors transformers names.
 
-Matrices of linear layers and embeddings are rounded as the hand-written decoders' are; what else there is (norms, biases,
-convolutions, rotary frequencies) is small and stays float32. Frequencies and other buffers that checkpoints do not hold
-are computed from the config and packed beside the weights.
+Matrices of linear layers and embeddings are rounded as the hand-written decoders' are; what else there is (norms,
+biases, convolutions, rotary frequencies) is small and stays float32. Frequencies and other buffers that checkpoints do
+not hold are computed from the config and packed beside the weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def any_directory_source(
     path: Path, *, precision: Precision = DEFAULT, name: str | None = None, decoder: DecoderFacts | None = None
 ) -> Source:
     """The model in a directory with config.json and safetensors; arguments and errors as for
-    `tightfit.profiles.sources.huggingface.directory_source`. Without `decoder`, what it consists of, transformers builds it.
+    `tightfit.profiles.sources.huggingface.directory_source`. Without `decoder`, what it consists of, transformers
+    builds it.
     """
     config = read_config(path / "config.json")
     method = method_of(path, config)
@@ -98,15 +99,19 @@ def any_directory_source(
     used = {key for _, key in direct.values()} | {locations[part][1] for part in parts}
     _check_known(path, config, decoder, {key for _, key in locations.values()} - used)
     entries = {
-        tensor.name: replace(quantised[tensor.key].entry, name=tensor.name)
-        if tensor.key in quantised
-        else Entry(name=tensor.name, shape=tensor.shape, format="mxfp4", group=32)
-        if coded.get(tensor.key)
-        else _entry(
-            tensor,
-            precision,
-            PUBLISHED.get(dtypes.get(tensor.key, ""), ""),
-            beside_quantised=bool(quantised or any(coded.values())),
+        tensor.name: (
+            replace(quantised[tensor.key].entry, name=tensor.name)
+            if tensor.key in quantised
+            else (
+                Entry(name=tensor.name, shape=tensor.shape, format="mxfp4", group=32)
+                if coded.get(tensor.key)
+                else _entry(
+                    tensor,
+                    precision,
+                    PUBLISHED.get(dtypes.get(tensor.key, ""), ""),
+                    beside_quantised=bool(quantised or any(coded.values())),
+                )
+            )
         )
         for tensor in decoder.tensors
     }
@@ -159,8 +164,8 @@ def any_directory_source(
 
 
 def built_decoder(config: Mapping[str, Any], stored: Sequence[str]) -> DecoderFacts:
-    """What a config's decoder consists of whose checkpoint has the names `stored`. Raises InputError for what transformers does not build,
-    or where it is not installed.
+    """What a config's decoder consists of whose checkpoint has the names `stored`. Raises InputError for what
+    transformers does not build, or where it is not installed.
     """
     from tightfit.profiles.models.transformers_decoder import facts
 
@@ -213,7 +218,9 @@ def any_random_source(
 
 
 def _entry(tensor: FrozenTensor, precision: Precision, dtype: str, *, beside_quantised: bool = False) -> Entry:
-    """The store entry of a tensor that a file holds in `dtype`; `beside_quantised`: whether others there are quantised."""
+    """The store entry of a tensor that a file holds in `dtype`; `beside_quantised`: whether others there are
+    quantised.
+    """
     if tensor.role != "other":
         packed_format = precision.format(dtype, embedding=tensor.role == "embedding", beside_quantised=beside_quantised)
         return packed_entry(tensor.name, tensor.shape, packed_format)
@@ -252,7 +259,8 @@ def _file_rows(stored: FileTensor, tensor: FrozenTensor) -> Rows:
     expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
     if stored.shape != expected:
         raise InputError(
-            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(expected)} is due; config.json does not fit the weights"
+            f"{stored.file.path}: tensor {stored.name!r} has shape {list(stored.shape)} where {list(expected)} is due;"
+            " config.json does not fit the weights"
         )
 
     def rows(start: int, stop: int) -> Tensor:

@@ -37,8 +37,8 @@ class BundledStep(ProfiledStep):
             if asked.get(name) != value:
                 was = spelled(name, asked[name]) if name in asked else f"without {spelled(name)}"
                 raise InputError(
-                    f"{spelled(name, value)}: the bundle of {bundle.request.name} was made {was}; leave the option out, or make a bundle"
-                    " with it"
+                    f"{spelled(name, value)}: the bundle of {bundle.request.name} was made {was}; leave the option out,"
+                    " or make a bundle with it"
                 )
 
     def settings(self, report: Progress) -> list[Any]:

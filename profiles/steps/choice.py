@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def step_of(source: Source, options: ProfileOptions, bundle: Bundle | None = None) -> ProfiledStep:
-    """The step of a source that the options ask for, or that a bundle has. Raises InputError for options that it cannot have."""
+    """The step of a source that the options ask for, or that a bundle has. Raises InputError for options that it cannot
+    have.
+    """
     if bundle is not None:
         return BundledStep(source, options, bundle)
     if source.kind == "module":

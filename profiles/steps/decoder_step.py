@@ -36,7 +36,8 @@ class DecoderStep(ProfiledStep):
         self.preference = _preference(options)
         if options.side_blocks is not None:
             raise InputError(
-                f"{spelled('side_blocks')} {options.side_blocks} is of a side network; name its rank too, for example {spelled('side_rank', 64)}"
+                f"{spelled('side_blocks')} {options.side_blocks} is of a side network; name its rank too, for example"
+                f" {spelled('side_rank', 64)}"
             )
         self.tile = _tile(options, self.batch, self.seq)
         self.matrix_rows = _matrix_rows(options)
@@ -107,27 +108,29 @@ def check_length(source: Source, seq: int) -> None:
     longest = source.config.get("max_position_embeddings")
     if isinstance(longest, int) and seq > longest:
         raise InputError(
-            f"{spelled('seq')} {seq} is longer than the {longest} positions that {source.name} was trained for; use {spelled('seq', longest)} or less"
+            f"{spelled('seq')} {seq} is longer than the {longest} positions that {source.name} was trained for; use"
+            f" {spelled('seq', longest)} or less"
         )
 
 
 def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
-    """Tokens that go through a layer at a time; None: all of them. Raises InputError where they are neither whole samples that share out
-    the batch nor equal parts of one.
+    """Tokens that go through a layer at a time; None: all of them. Raises InputError where they are neither whole
+    samples that share out the batch nor equal parts of one.
     """
     tile = options.tile
     if tile is None or tile == batch * seq:
         return None
     if tile == 0:
         raise InputError(
-            f"{spelled('tile')} 0: the tile is measured where a model is profiled on the machine that trains it; give the tokens of a tile here"
+            f"{spelled('tile')} 0: the tile is measured where a model is profiled on the machine that trains it; give"
+            " the tokens of a tile here"
         )
     fitting = tile_sizes(batch, seq)
     if tile not in fitting:
         nearest = sorted(sorted(fitting, key=lambda size: (abs(size - tile), size))[:4])
         raise InputError(
-            f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens do not go through a layer in equal parts of so many tokens, whole samples"
-            f" or equal parts of one; give {' or '.join(map(str, nearest))}, or leave it out"
+            f"{spelled('tile')} {tile}: {batch} samples of {seq} tokens do not go through a layer in equal parts of so"
+            f" many tokens, whole samples or equal parts of one; give {' or '.join(map(str, nearest))}, or leave it out"
         )
     if options.loss is not None:
         raise InputError(
@@ -135,27 +138,30 @@ def _tile(options: ProfileOptions, batch: int, seq: int) -> int | None:
         )
     if options.lora_dropout:
         raise InputError(
-            f"{spelled('tile')} {tile}: with {spelled('lora_dropout', options.lora_dropout)} samples would be given each other's random numbers;"
-            " leave one of them out"
+            f"{spelled('tile')} {tile}: with {spelled('lora_dropout', options.lora_dropout)} samples would be given"
+            " each other's random numbers; leave one of them out"
         )
     return tile
 
 
 def _matrix_rows(options: ProfileOptions) -> int | None:
-    """Rows of a frozen matrix that are multiplied at a time; None: as the model's size asks for. Raises InputError where all rows are
-    needed at once.
+    """Rows of a frozen matrix that are multiplied at a time; None: as the model's size asks for. Raises InputError
+    where all rows are needed at once.
     """
     rows = options.matrix_rows
     for name in ("dora", "lora_dropout") if rows is not None else ():
         if value := getattr(options, name):
             raise InputError(
-                f"{spelled('matrix_rows', rows)}: with {spelled(name, value)} all rows of a matrix are multiplied at once; leave one of them out"
+                f"{spelled('matrix_rows', rows)}: with {spelled(name, value)} all rows of a matrix are multiplied at"
+                " once; leave one of them out"
             )
     return rows
 
 
 def tile_sizes(batch: int, seq: int) -> set[int]:
-    """The sizes of tiles, in tokens, of a step of `batch` samples of `seq` tokens: whole samples or equal parts of one, fewer than all."""
+    """The sizes of tiles, in tokens, of a step of `batch` samples of `seq` tokens: whole samples or equal parts of one,
+    fewer than all.
+    """
     return {*_divisors(seq), *(seq * rows for rows in _divisors(batch))} - {batch * seq}
 
 
@@ -164,11 +170,14 @@ def _divisors(number: int) -> list[int]:
 
 
 def _preference(options: ProfileOptions) -> Preference | None:
-    """The loss of a step that learns from pairs of answers; None: another loss. Raises InputError for `beta` without `loss`."""
+    """The loss of a step that learns from pairs of answers; None: another loss. Raises InputError for `beta` without
+    `loss`.
+    """
     if options.loss is None:
         if options.beta is not None:
             raise InputError(
-                f"{spelled('beta')} {options.beta:g} is of a loss of pairs; name one too: {' or '.join(spelled('loss', name) for name in ANSWER_PLANES)}"
+                f"{spelled('beta')} {options.beta:g} is of a loss of pairs; name one too:"
+                f" {' or '.join(spelled('loss', name) for name in ANSWER_PLANES)}"
             )
         return None
     return Preference(loss=options.loss, beta=BETA if options.beta is None else options.beta)

@@ -39,8 +39,8 @@ def trace_decoder(
     tile: int | None = None,
     matrix_rows: int | None = None,
 ) -> tuple[Trace, Decoder | AnyDecoder]:
-    """The step of a decoder, and the decoder, which says what is trained. `tile`: tokens that go through a layer at a time;
-    `matrix_rows`: rows of a frozen matrix that are read, unpacked and multiplied at a time.
+    """The step of a decoder, and the decoder, which says what is trained. `tile`: tokens that go through a layer at a
+    time; `matrix_rows`: rows of a frozen matrix that are read, unpacked and multiplied at a time.
     """
     if not handwritten(source.config):
         return trace_any_decoder(source, batch, seq, lora, dtype, report, preference, tile, matrix_rows)
@@ -109,7 +109,8 @@ def trace_any_decoder(
 
     if tile is not None:
         raise InputError(
-            f"{spelled('tile')}: {source.config['model_type']} runs as transformers has it, whose layers take all tokens at once; leave it out"
+            f"{spelled('tile')}: {source.config['model_type']} runs as transformers has it, whose layers take all"
+            " tokens at once; leave it out"
         )
     _check_rank(lora, source.config["hidden_size"])
     module = AnyDecoder(

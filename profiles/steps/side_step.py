@@ -1,4 +1,6 @@
-"""The step of a side network beside a decoder, which a server trains where a device runs the model (the policy `mobillm`)."""
+"""The step of a side network beside a decoder, which a server trains where a device runs the model (the policy
+`mobillm`).
+"""
 
 from __future__ import annotations
 

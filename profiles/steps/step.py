@@ -19,13 +19,16 @@ if TYPE_CHECKING:  # these import PyTorch
 
 DTYPES = ("bfloat16", "float32")
 LORA = (
-    "lora_rank", "lora_alpha", "lora_targets", "lora_layers", "lora_experts", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora", "dora", "adapter",
+    "lora_rank", "lora_alpha", "lora_targets", "lora_layers", "lora_experts", "rank_pattern", "alpha_pattern",
+    "lora_dropout", "rslora", "dora", "adapter",
 )  # fmt: skip
 """options of an adapter's pairs"""
 
 
 class ProfiledStep(ABC):
-    """A training step of a source, with the options of profiling. Raises InputError for options that it does not take."""
+    """A training step of a source, with the options of profiling. Raises InputError for options that it does not
+    take.
+    """
 
     kind: Literal["decoder", "module", "graph"]
     """`Model.kind` in its profiles"""
@@ -92,7 +95,9 @@ class ProfiledStep(ABC):
 
 
 def of_source(step: TracedStep, source: Source, accumulate: int) -> TracedStep:
-    """A step that was traced from a description of the source's model, as if it had been traced of the source itself."""
+    """A step that was traced from a description of the source's model, as if it had been traced of the source
+    itself.
+    """
     added = {name: value for name, value in step.model.config.items() if name not in source.config}
     fields = {
         "name": source.name,

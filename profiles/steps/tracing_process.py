@@ -1,8 +1,9 @@
-"""Traces steps, of training and of answers, in a process of its own, which has PyTorch and ends before anything is measured.
+"""Traces steps, of training and of answers, in a process of its own, which has PyTorch and ends before anything is
+measured.
 
-A process that has not loaded PyTorch does not load it: `traced_step`, `traced_answers` and `traced_bundle` then start this module as a
-worker (`tightfit.profiles.worker_process`). The worker knows a model by its description alone, as a service does that makes a bundle for
-a device elsewhere.
+A process that has not loaded PyTorch does not load it: `traced_step`, `traced_answers` and `traced_bundle` then start
+this module as a worker (`tightfit.profiles.worker_process`). The worker knows a model by its description alone, as a
+service does that makes a bundle for a device elsewhere.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ FAMILY_BYTES = 272 << 20
 DORA_BYTES, TILE_BYTES = 64 << 20, 5 << 20
 """what magnitudes of DoRA, and each tile, add"""
 CUDA_BYTES = 640 << 20
-"""what CUDA's libraries add, most of it pages of files: 588 to 617 MiB with PyTorch 2.14.1, which no stubs serve here, since all of
-PyTorch looks for their kernels as it is imported"""
+"""what CUDA's libraries add, most of it pages of files: 588 to 617 MiB with PyTorch 2.14.1, which no stubs serve here,
+since all of PyTorch looks for their kernels as it is imported
+"""
 
 
 def request_of(model: BundleRequest, options: ProfileOptions) -> BundleRequest:
-    """The request for a bundle of a model, which is described, with the step that the options ask for. Raises InputError for options that
-    it cannot have.
+    """The request for a bundle of a model, which is described, with the step that the options ask for. Raises
+    InputError for options that it cannot have.
     """
     bare = Source(
         name=model.name,
@@ -72,7 +74,9 @@ def request_of(model: BundleRequest, options: ProfileOptions) -> BundleRequest:
 
 
 def make_bundle(request: BundleRequest, report: Progress) -> Bundle:
-    """The bundle that was asked for, traced in this process. Raises InputError for a model or options that cannot be used."""
+    """The bundle that was asked for, traced in this process. Raises InputError for a model or options that cannot be
+    used.
+    """
     source = _described(request)
     step = _step_of(source, request).traced(report)
     return Bundle(request=request, step=step, answers=trace_answers(source), decoder=source.decoder)
@@ -139,7 +143,9 @@ def traced_step(step: ProfiledStep, report: Progress) -> TracedStep:
 
 
 def traced_answers(source: Source) -> Answers:
-    """The steps of a decoder's answers, traced here where PyTorch is loaded already; else by a worker. Raises RunError if the worker fails."""
+    """The steps of a decoder's answers, traced here where PyTorch is loaded already; else by a worker. Raises RunError
+    if the worker fails.
+    """
     if "torch" in sys.modules:
         return trace_answers(source)
     request = BundleRequest(name=source.name, config=source.config)

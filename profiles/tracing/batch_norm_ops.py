@@ -1,5 +1,5 @@
-"""Keeps the running statistics of batch normalisation in a trace: finds them among the buffers that a module changes, and
-registers the operators of `tightfit.runtime.engine.cpu.batch_norm` with torch.
+"""Keeps the running statistics of batch normalisation in a trace: finds them among the buffers that a module changes,
+and registers the operators of `tightfit.runtime.engine.cpu.batch_norm` with torch.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
         chain = _chain(placeholders[buffer], final_values[result], output)
         if chain is None:
             raise InputError(
-                f"{type(module).__name__} changes the buffer {buffer} in its forward{_line(final_values[result])}; of buffers that a step"
-                " changes only the running statistics of batch normalisation are kept, and only where nothing else reads them."
-                " Leave the buffer as it is, or train this module with PyTorch"
+                f"{type(module).__name__} changes the buffer {buffer} in its forward{_line(final_values[result])}; of"
+                " buffers that a step changes only the running statistics of batch normalisation are kept, and only"
+                " where nothing else reads them. Leave the buffer as it is, or train this module with PyTorch"
             )
         for node in chain:
             node.replace_all_uses_with(placeholders[buffer], delete_user_cb=lambda user: user is not output)

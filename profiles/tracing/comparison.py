@@ -1,7 +1,7 @@
 """Compares a module's traced programs with the module as PyTorch trains it, in several steps on different batches.
 
-PyTorch takes the steps in this process. The programs take each from the same parameters in the measuring process, through the
-operators that a run calls (`tightfit.profiles.measuring.whole_step`). Tensors are exchanged in files.
+PyTorch takes the steps in this process. The programs take each from the same parameters in the measuring process,
+through the operators that a run calls (`tightfit.profiles.measuring.whole_step`). Tensors are exchanged in files.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ ROOM = 2.0
 class GradientComparison:
     """One comparison of a traced module with PyTorch, in two calls.
 
-    `request` takes the steps in PyTorch, before the measuring process starts, so that the two do not compete for cores; `conclude`
-    compares, once that process has taken them. Both exchange tensors through files in `folder`: given, eager and traced, each with the
-    number of the step. `others` are batches that the factory gave beside the sample.
+    `request` takes the steps in PyTorch, before the measuring process starts, so that the two do not compete for cores;
+    `conclude` compares, once that process has taken them. Both exchange tensors through files in `folder`: given, eager
+    and traced, each with the number of the step. `others` are batches that the factory gave beside the sample.
     """
 
     def __init__(
@@ -70,16 +70,22 @@ class GradientComparison:
         return step_bytes(self.traced.layers, self.traced.programs, self.module)
 
     def why_not(self, folder: Path, memory: int | None = None) -> str | None:
-        """Why there is no comparison, in words, if memory (`memory` bytes, or None: all that is free) or the disk of `folder` is too
-        short for it; else None.
+        """Why there is no comparison, in words, if memory (`memory` bytes, or None: all that is free) or the disk of
+        `folder` is too short for it; else None.
         """
         needed_bytes, free = ROOM * self.step_bytes, free_memory()[0]
         free = free if memory is None else min(free, memory)
         file_bytes = 3 * STEPS * module_bytes(self.module)
         if needed_bytes > free:
-            return f"{NOT_COMPARED}: it takes {format_size(int(needed_bytes))} beside what is held, and {format_size(free)} are free"
+            return (
+                f"{NOT_COMPARED}: it takes {format_size(int(needed_bytes))} beside what is held, and"
+                f" {format_size(free)} are free"
+            )
         if file_bytes > (free := shutil.disk_usage(folder).free):
-            return f"{NOT_COMPARED}: it takes {format_size(file_bytes)} of the disk of {folder}, and {format_size(free)} are free"
+            return (
+                f"{NOT_COMPARED}: it takes {format_size(file_bytes)} of the disk of {folder}, and {format_size(free)}"
+                " are free"
+            )
         return None
 
     def request(self, folder: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
@@ -94,8 +100,8 @@ class GradientComparison:
         def write_step(number: int, batch: Batch, given: Mapping[str, Tensor], eager: EagerResult) -> None:
             if changed := [name for name in eager.statistics if name not in self.kept]:
                 raise InputError(
-                    f"{self.name}: its forward changes the buffer {changed[0]} unseen by the trace (.data, detach()), which a traced"
-                    " step leaves out; leave it out"
+                    f"{self.name}: its forward changes the buffer {changed[0]} unseen by the trace (.data, detach()),"
+                    " which a traced step leaves out; leave it out"
                 )
             self.twice.update(eager.twice)
             names = (*self.trained, *self.kept) if number else given  # what no step changes is written once
@@ -140,20 +146,24 @@ class GradientComparison:
                     else f", in step {number + 1} and not before: something changes that it does not know of"
                 )
                 raise InputError(
-                    f"{self.name}: the traced step does not compute what PyTorch does on {self.steps.batches}: {description}"
-                    f" ({len(beyond)} of {len(relative)} results differ{step_note}); it would not train this module as it is written"
+                    f"{self.name}: the traced step does not compute what PyTorch does on {self.steps.batches}:"
+                    f" {description} ({len(beyond)} of {len(relative)} results differ{step_note}); it would not train"
+                    " this module as it is written"
                 )
             largest = max(largest, *relative.values())
         steps = f"{self.count} steps of AdamW on {self.steps.batches}"
         notes = [
-            f"loss and gradients are PyTorch's in {steps}, {f'to {largest:.0e} of their size' if largest else 'exactly'}"
+            (
+                f"loss and gradients are PyTorch's in {steps},"
+                f" {f'to {largest:.0e} of their size' if largest else 'exactly'}"
+            )
         ]
         if self.twice:
             norms = sorted({name.rpartition(".")[0] for name in self.twice})
             others = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
             notes.append(
-                f"under torch.utils.checkpoint PyTorch changes the running statistics of {norms[0]}{others} twice in a step; here they"
-                " change once"
+                f"under torch.utils.checkpoint PyTorch changes the running statistics of {norms[0]}{others} twice in a"
+                " step; here they change once"
             )
         if not self.steps.copied:
             notes.append("the module cannot be copied, so that no step was taken by one without a history")

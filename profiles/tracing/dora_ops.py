@@ -1,8 +1,8 @@
 """Registers the operators of DoRA (`tightfit.runtime.engine.cpu.dora`) with torch for tracing, as
 `tightfit.profiles.tracing.torch_ops` does the others.
 
-None of them has to be decomposed: z, the product of the pair, is that of `lora_linear`, which a trace decomposes; norm and
-z are values of their own, which the planner keeps or makes again.
+None of them has to be decomposed: z, the product of the pair, is that of `lora_linear`, which a trace decomposes; norm
+and z are values of their own, which the planner keeps or makes again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Registers the operators of dropout (`tightfit.runtime.engine.cpu.dropout`) with torch for tracing, as
 `tightfit.profiles.tracing.torch_ops` does the others.
 
-They are no random operators to a trace: their masks follow from the step and the layer, so that whatever they make may be
-made again.
+They are no random operators to a trace: their masks follow from the step and the layer, so that whatever they make may
+be made again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Trains a module for a few steps as PyTorch does, and refuses one that a traced step cannot follow: whose results depend on
-more than its parameters, its running statistics, the batch and PyTorch's generator, or whose forward changes a parameter.
+"""Trains a module for a few steps as PyTorch does, and refuses one that a traced step cannot follow: whose results
+depend on more than its parameters, its running statistics, the batch and PyTorch's generator, or whose forward changes
+a parameter.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ from tightfit.runtime.common.errors import InputError
 Batch = tuple[Tensor, ...]
 STEPS = 3
 TOLERANCE = 1e-6
-"""Largest difference, relative to the size of a result, between two calls of a module in PyTorch that ought to be equal: some of its
-kernels sum in an order that changes."""
+"""Largest difference, relative to the size of a result, between two calls of a module in PyTorch that ought to be
+equal: some of its kernels sum in an order that changes.
+"""
 NOISE = 1e-6
-"""Part of a difference that is ignored, relative to the norm of all gradients (all statistics) together: one that should be zero is of
-this size if it comes from sums that cancel."""
+"""Part of a difference that is ignored, relative to the norm of all gradients (all statistics) together: one that
+should be zero is of this size if it comes from sums that cancel.
+"""
 UNSTEADY = 10.0
 """A difference of up to this many times what rounding moves a result by is accepted."""
 PERTURBED = 0.1
 """Largest change of a floating-point value of a batch, relative to it."""
 MOST_UNSTEADY = 1e-3
-"""The largest difference between two calls that rounding may explain: random numbers that are drawn anew move results further."""
+"""The largest difference between two calls that rounding may explain: random numbers that are drawn anew move results
+further.
+"""
 COUNTED_ON = (1_000, 100_000)
 """By what factors the growth of a module's counters is multiplied, to see whether results depend on them."""
 
@@ -84,11 +89,12 @@ def eager_step(
     gradients: bool = True,
     before: Mapping[str, Tensor] | None = None,
 ) -> EagerResult:
-    """One step of the module in PyTorch, without an update and without dropout, with torch's generator seeded with `seed`.
+    """One step of the module in PyTorch, without an update and without dropout, with torch's generator seeded with
+    `seed`.
 
-    `before` are its parameters and buffers before the step (default: copies of them are made). Without `gradients` the forward alone
-    is run. Raises StepError, with the user's own traceback, if the module fails, and InputError if it changes a parameter or draws
-    random numbers that are not PyTorch's.
+    `before` are its parameters and buffers before the step (default: copies of them are made). Without `gradients` the
+    forward alone is run. Raises StepError, with the user's own traceback, if the module fails, and InputError if it
+    changes a parameter or draws random numbers that are not PyTorch's.
     """
     before = tensor_copies(module) if before is None else before
     module.zero_grad(set_to_none=True)
@@ -129,14 +135,18 @@ def refuse_changed(module: nn.Module, names: Sequence[str], where: str = "") -> 
         return
     parameter = dict(module.named_parameters(remove_duplicate=False))[names[0]]
     advice = (
-        "Compute with a changed value in its place (self.weight.clamp(-1, 1) where the weight is used, or torch.nn.utils.parametrize)"
+        "Compute with a changed value in its place (self.weight.clamp(-1, 1) where the weight is used, or"
+        " torch.nn.utils.parametrize)"
         if parameter.requires_grad
-        else "Parameters that follow others, such as the teacher of BYOL or a moving average, cannot be kept here; train it with PyTorch"
+        else (
+            "Parameters that follow others, such as the teacher of BYOL or a moving average, cannot be kept here; train"
+            " it with PyTorch"
+        )
     )
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     raise InputError(
-        f"{type(module).__name__} changes the parameter {names[0]}{more} in its forward{where}, which a traced step leaves out: there,"
-        f" only the optimizer changes parameters. {advice}"
+        f"{type(module).__name__} changes the parameter {names[0]}{more} in its forward{where}, which a traced step"
+        f" leaves out: there, only the optimizer changes parameters. {advice}"
     )
 
 
@@ -164,9 +174,9 @@ def _equal(now: Tensor, then: Tensor | None) -> bool:
 class EagerSteps:
     """Steps of a module with updates by AdamW in between, each on another batch.
 
-    They are taken by a copy, which shares parameters and buffers with `module`; these have their values again afterwards. Each step is
-    taken by a copy without a history, too: where the two differ, the module is refused. Without `gradients` a step is a forward on the
-    sample.
+    They are taken by a copy, which shares parameters and buffers with `module`; these have their values again
+    afterwards. Each step is taken by a copy without a history, too: where the two differ, the module is refused.
+    Without `gradients` a step is a forward on the sample.
     """
 
     def __init__(
@@ -179,8 +189,8 @@ class EagerSteps:
         """whether the module can be copied; if not, it takes the steps itself, and none is taken without a history"""
 
     def take(self, on_step: OnStep = lambda *_: None) -> int:
-        """Take the steps, calling `on_step` after each; again from the first if the module does not take batches that are unlike the
-        sample. Returns how many were taken: fewer than `STEPS` if one has results that are no numbers.
+        """Take the steps, calling `on_step` after each; again from the first if the module does not take batches that
+        are unlike the sample. Returns how many were taken: fewer than `STEPS` if one has results that are no numbers.
 
         Raises InputError if the module fails, or cannot be followed by a traced step.
         """
@@ -217,8 +227,8 @@ class EagerSteps:
                     raise
                 if strict:
                     raise InputError(
-                        f"{self.name}: {loss_maker(module)} fails in step {number + 1}, on the batch that it took in step 1; see what it"
-                        f" keeps from one step to the next\n{error.trace}"
+                        f"{self.name}: {loss_maker(module)} fails in step {number + 1}, on the batch that it took in"
+                        f" step 1; see what it keeps from one step to the next\n{error.trace}"
                     ) from error
                 return number
             if not result.finite:
@@ -250,8 +260,9 @@ class EagerSteps:
         *,
         last: bool,
     ) -> None:
-        """Raise InputError if the first of `steps`, taken by `module`, differs from the second, the same step of a copy that took none
-        before; after the `last` step also if the results change once counters are set as after many more steps.
+        """Raise InputError if the first of `steps`, taken by `module`, differs from the second, the same step of a copy
+        that took none before; after the `last` step also if the results change once counters are set as after many more
+        steps.
         """
         result, fresh = steps
         after = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -272,21 +283,24 @@ class EagerSteps:
         if names:
             changed_names = ", ".join(names[:5])
             raise InputError(
-                f"{self.name}: what a step computes depends on the steps before it (its forward changes {changed_names}), of which a traced step knows nothing: in step"
-                f" {number + 1}, beside a copy that took none of them, {difference}. Hand what changes from step to step (a factor, the"
-                " number of the step) over as a tensor of the batch, and begin every step without what the one before left"
+                f"{self.name}: what a step computes depends on the steps before it (its forward changes"
+                f" {changed_names}), of which a traced step knows nothing: in step {number + 1}, beside a copy that"
+                f" took none of them, {difference}. Hand what changes from step to step (a factor, the number of the"
+                " step) over as a tensor of the batch, and begin every step without what the one before left"
             )
         raise InputError(
-            f"{self.name}: the same step gives other results when it is taken again: in step {number + 1} {difference}. Its forward"
-            " reads something that changes and is no attribute of it, such as a global variable, a clock or random numbers that are"
-            " not PyTorch's; a traced step would keep what was read when it was traced. Hand it over as a tensor of the batch, or draw"
-            " with PyTorch"
+            f"{self.name}: the same step gives other results when it is taken again: in step {number + 1} {difference}."
+            " Its forward reads something that changes and is no attribute of it, such as a global variable, a clock"
+            " or random numbers that are not PyTorch's; a traced step would keep what was read when it was traced."
+            " Hand it over as a tensor of the batch, or draw with PyTorch"
         )
 
     def _difference(
         self, result: EagerResult, fresh: EagerResult, pristine: nn.Module, batch: Batch, number: int
     ) -> str | None:
-        """How two steps that ought to be equal differ, in words; None if they do not, or no more than rounding explains."""
+        """How two steps that ought to be equal differ, in words; None if they do not, or no more than rounding
+        explains.
+        """
         relative = distances(result, fresh)
         if all(far <= TOLERANCE for far in relative.values()):
             return None
@@ -304,8 +318,8 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def distances(result: EagerResult, reference: EagerResult) -> dict[str, float]:
-    """Relative differences of loss ("loss"), gradients (by parameter) and statistics (by buffer) from `reference`; a missing gradient
-    counts as zero.
+    """Relative differences of loss ("loss"), gradients (by parameter) and statistics (by buffer) from `reference`; a
+    missing gradient counts as zero.
     """
     relative = {"loss": abs(result.loss - reference.loss) / max(abs(reference.loss), NOISE)}
     for values, expected in ((result.gradients, reference.gradients), (result.statistics, reference.statistics)):
@@ -321,9 +335,9 @@ def distances(result: EagerResult, reference: EagerResult) -> dict[str, float]:
 def beyond_rounding(
     relative: Mapping[str, float], rounding: Mapping[str, float], most: float = math.inf
 ) -> dict[str, float]:
-    """The part of `relative` distances that rounding does not explain. `rounding` is how far it moved each result: it explains
-    `UNSTEADY` times that, for any result as much as it moved the furthest (a value near the bend of a ReLU may be any layer's), but no
-    more than `most`.
+    """The part of `relative` distances that rounding does not explain. `rounding` is how far it moved each result: it
+    explains `UNSTEADY` times that, for any result as much as it moved the furthest (a value near the bend of a ReLU may
+    be any layer's), but no more than `most`.
     """
     finite = {name: far for name, far in rounding.items() if not math.isnan(far)}
     largest = max((far for far in finite.values() if far < math.inf), default=0.0)
@@ -346,8 +360,8 @@ def describe_distances(relative: Mapping[str, float], result: EagerResult, refer
 
 
 def perturbed_step(module: nn.Module, batch: Batch, *, seed: int = 0) -> EagerResult | None:
-    """`eager_step` with every parameter changed in its last bit: how far the results then are from those before is about how
-    far rounding has moved these. None if the module cannot be copied.
+    """`eager_step` with every parameter changed in its last bit: how far the results then are from those before is
+    about how far rounding has moved these. None if the module cannot be copied.
     """
     try:
         perturbed = copy.deepcopy(module)
@@ -373,7 +387,9 @@ def _other(sample: Batch, number: int, *, values: bool) -> Batch:
 
 
 def _redrawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Other values in the range of the tensor's: integers (in floating point too) are drawn from its own, others change a little."""
+    """Other values in the range of the tensor's: integers (in floating point too) are drawn from its own, others change
+    a little.
+    """
     if not tensor.numel() or tensor.is_complex():
         return tensor
     if not tensor.is_floating_point() or torch.equal(tensor, tensor.round()):

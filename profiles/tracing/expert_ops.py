@@ -1,8 +1,8 @@
 """Registers the experts of a mixture (`tightfit.runtime.engine.cpu.experts`) with torch for tracing, as
 `tightfit.profiles.tracing.torch_ops` does the other operators.
 
-All experts of a layer are one differentiable operator for torch. A trace decomposes it into calls for a few experts each, whose
-matrices are weights of their own to the planner: slices of the rows of those of all experts.
+All experts of a layer are one differentiable operator for torch. A trace decomposes it into calls for a few experts
+each, whose matrices are weights of their own to the planner: slices of the rows of those of all experts.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ some_experts = _define(
 )
 some_experts_backward = _define(
     "experts_backward",
-    "(Tensor? total, Tensor? weights_total, Tensor dy, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down,"
-    " Tensor? up_bias, Tensor? down_bias, int first, int of, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor? total, Tensor? weights_total, Tensor dy, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor"
+    " down, Tensor? up_bias, Tensor? down_bias, int first, int of, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda total, weights_total, dy, x, index, weights, gate_up, down, up_bias, down_bias, first, of, activation: (
         x.new_empty(x.shape, dtype=torch.float32),
         weights.new_empty(weights.shape, dtype=torch.float32),
@@ -57,10 +57,11 @@ adapted_experts = _define(
 )
 adapted_experts_backward = _define(
     "adapted_experts_backward",
-    "(Tensor? total, Tensor? weights_total, Tensor dy, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down,"
-    f" Tensor? up_bias, Tensor? down_bias, int first, int of, str activation, {PAIR_ARGUMENTS}, Tensor? up_a_total, Tensor? up_b_total,"
-    " Tensor? down_a_total, Tensor? down_b_total) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda total, weights_total, dy, x, index, weights, gate_up, down, up_bias, down_bias, first, of, activation, *pairs: (
+    "(Tensor? total, Tensor? weights_total, Tensor dy, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor"
+    f" down, Tensor? up_bias, Tensor? down_bias, int first, int of, str activation, {PAIR_ARGUMENTS}, Tensor?"
+    " up_a_total, Tensor? up_b_total, Tensor? down_a_total, Tensor? down_b_total) -> (Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor, Tensor, Tensor)",
+    lambda total, weights_total, dy, x, index, weights, gate_up, down, up_bias, down_bias, first, of, kind, *pairs: (
         x.new_empty(x.shape, dtype=torch.float32),
         weights.new_empty(weights.shape, dtype=torch.float32),
         *_scratch(x, down, backward=True, rank=len(pairs[0]) // of),
@@ -76,7 +77,8 @@ def _rows(index: Shape, down: Shape, hidden: int, of: int) -> float:
 
 @register_flop_formula([torch.ops.tightfit.experts])
 def _flops(
-    total: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape, up_bias: Any, down_bias: Any, first: int,
+    total: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape, up_bias: Any, down_bias: Any,
+    first: int,
     of: int, activation: str, **_: Any,
 ) -> int:  # fmt: skip
     return int(2 * 3 * x[1] * down[1] * _rows(index, down, x[1], of))
@@ -84,7 +86,8 @@ def _flops(
 
 @register_flop_formula([torch.ops.tightfit.experts_backward])
 def _backward_flops(
-    total: Any, weights_total: Any, dy: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape, up_bias: Any,
+    total: Any, weights_total: Any, dy: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape,
+    up_bias: Any,
     down_bias: Any, first: int, of: int, activation: str, **_: Any,
 ) -> int:  # fmt: skip
     """Five products: the gate and the way up again, and the gradients of three."""
@@ -99,7 +102,8 @@ def _pair_flops(x: Shape, index: Shape, down: Shape, of: int, up_a: Shape) -> fl
 
 @register_flop_formula([torch.ops.tightfit.adapted_experts])
 def _adapted_flops(
-    total: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape, up_bias: Any, down_bias: Any, first: int,
+    total: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape, up_bias: Any, down_bias: Any,
+    first: int,
     of: int, activation: str, up_a: Shape, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     return int(2 * 3 * x[1] * down[1] * _rows(index, down, x[1], of) + _pair_flops(x, index, down, of, up_a))
@@ -107,7 +111,8 @@ def _adapted_flops(
 
 @register_flop_formula([torch.ops.tightfit.adapted_experts_backward])
 def _adapted_backward_flops(
-    total: Any, weights_total: Any, dy: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape, up_bias: Any,
+    total: Any, weights_total: Any, dy: Any, x: Shape, index: Shape, weights: Any, gate_up: Any, down: Shape,
+    up_bias: Any,
     down_bias: Any, first: int, of: int, activation: str, up_a: Shape, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Beside the products without pairs: those of pairs again, and the gradients of inputs and factors."""

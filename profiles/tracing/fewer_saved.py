@@ -1,9 +1,9 @@
 """Makes the backward of a layer's joint graph keep fewer tensors, with the same results.
 
-What autograd saves suits a process that keeps all of it. A tensor that a backward reads only the shape of need not be kept at all.
-A layer's output, which the next layer's backward often needs as well, has to be kept until both have run, where a tensor of the
-layer's own may be kept, moved to disk or made again. And the gradient of a cross entropy needs no tensor for that of its second
-half, which is zero but for one element in each row.
+What autograd saves suits a process that keeps all of it. A tensor that a backward reads only the shape of need not be
+kept at all. A layer's output, which the next layer's backward often needs as well, has to be kept until both have run,
+where a tensor of the layer's own may be kept, moved to disk or made again. And the gradient of a cross entropy needs no
+tensor for that of its second half, which is zero but for one element in each row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ cross_entropy_backward = _define(
 
 
 def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
-    """Rewrite a joint graph, whose first `forward` results are the forward's, in which tensors have fake values of `mode`."""
+    """Rewrite a joint graph, whose first `forward` results are the forward's, in which tensors have fake values of
+    `mode`.
+    """
     results: Any = graph.output_node().args[0]
     outputs = {_itself(node) for node in results[:forward]}
     node: Any
@@ -53,7 +55,9 @@ def save_less(graph: fx.Graph, forward: int, mode: FakeTensorMode) -> None:
 
 
 def _join_with_loss(graph: fx.Graph, node: Any) -> None:
-    """Replace the gradient of a log softmax over rows, where it follows that of `nll_loss` without weights, by that of both."""
+    """Replace the gradient of a log softmax over rows, where it follows that of `nll_loss` without weights, by that of
+    both.
+    """
     nll_gradient, log_shares, dim, dtype = node.args
     if nll_gradient.target is not aten.nll_loss_backward.default or len(nll_gradient.users) > 1:
         return

@@ -37,8 +37,8 @@ ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # produ
 SCATTER = "aten.as_strided_scatter.default"
 GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
 ONCE = ("tightfit.table_rows", "tightfit.table_head")
-"""operators that run once in a step: what they read is trained and may lie on disk between their forward and its update, so
-that running them again would read it once more
+"""operators that run once in a step: what they read is trained and may lie on disk between their forward and its
+update, so that running them again would read it once more
 """
 
 
@@ -61,9 +61,11 @@ class StridedWindow:
 
     def operand(self) -> dict[str, Any]:
         return {
-            "operand": Operand(
-                value=self.storage, size=list(self.size), stride=list(self.stride), offset=self.offset
-            ).model_dump()
+            "operand": (
+                Operand(
+                    value=self.storage, size=list(self.size), stride=list(self.stride), offset=self.offset
+                ).model_dump()
+            )
         }
 
 
@@ -101,7 +103,9 @@ class _Folder:
         self.windows: dict[fx.Node, StridedWindow | list[StridedWindow | None]] = {}
         self.by_storage: dict[int, str] = {}
         self.starts: dict[str, int] = {}
-        """Elements of a traced storage before the tensor that an operator made there: in a run it begins with the tensor."""
+        """Elements of a traced storage before the tensor that an operator made there: in a run it begins with the
+        tensor.
+        """
         self.gathered: set[str] = set()
         """Weights that rows are gathered from: of a head's, the slices are weights of their own."""
         self.operators: list[Operator] = []
@@ -160,14 +164,14 @@ class _Folder:
             )
         if target.namespace not in ("aten", "tightfit"):
             raise InputError(
-                f"operator {target} is not one of PyTorch, and the process that trains loads no other library; write it with"
-                " PyTorch's operators, or as a torch.autograd.Function of them"
+                f"operator {target} is not one of PyTorch, and the process that trains loads no other library; write it"
+                " with PyTorch's operators, or as a torch.autograd.Function of them"
             )
         for tensor in [value] if isinstance(value, torch.Tensor) else value:
             if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
                 raise InputError(
-                    f"{target} makes a {str(tensor.layout).removeprefix('torch.')} tensor; use dense tensors and gradients (an"
-                    " embedding with sparse=False)"
+                    f"{target} makes a {str(tensor.layout).removeprefix('torch.')} tensor; use dense tensors and"
+                    " gradients (an embedding with sparse=False)"
                 )
         if isinstance(value, torch.Tensor):
             alias = self._alias(node, value)
@@ -339,10 +343,12 @@ class _Folder:
 
 
 def constant_made(shape: Sequence[int], name: str) -> str:
-    """What is wrong with a tensor that a forward makes of values that are none of its operators' results, and what to do."""
+    """What is wrong with a tensor that a forward makes of values that are none of its operators' results, and what to
+    do.
+    """
     return (
-        f"forward makes a tensor of shape {list(shape)} ({name}) of numbers of its own. If they are the same in every step, make it in"
-        " __init__ and register it as a buffer; if not, hand it over as a tensor of the batch"
+        f"forward makes a tensor of shape {list(shape)} ({name}) of numbers of its own. If they are the same in every"
+        " step, make it in __init__ and register it as a buffer; if not, hand it over as a tensor of the batch"
     )
 
 

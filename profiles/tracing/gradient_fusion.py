@@ -32,10 +32,10 @@ def fuse_products(graph: fx.Graph) -> None:
     """Replace ``x + product`` by the product with x as its addend, if the product has no other use and x is made before
     it.
 
-    ``a @ b`` (in modules that are not decoders) becomes ``addmm(x, a, b)``; `tightfit.projection_backward`, with dropout
-    or without, takes the addend as an argument. Each fusion saves a tensor of the product's size and two passes over
-    memory. Reshapes between product and sum, as in modules whose hidden states have three dimensions, are moved behind
-    it.
+    ``a @ b`` (in modules that are not decoders) becomes ``addmm(x, a, b)``; `tightfit.projection_backward`, with
+    dropout or without, takes the addend as an argument. Each fusion saves a tensor of the product's size and two passes
+    over memory. Reshapes between product and sum, as in modules whose hidden states have three dimensions, are moved
+    behind it.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):

@@ -11,8 +11,8 @@ from tightfit.runtime.engine.training.job import renamed_arguments
 def with_inference(program: Program, inference: Program, results: Collection[str]) -> Program:
     """`program` with the operators of `inference` added as those of phase inference.
 
-    `inference` is the forward of the same module, traced by itself. Inputs, slices of weights and `results` are the same
-    values in both; intermediate values of `inference` become further values of the program.
+    `inference` is the forward of the same module, traced by itself. Inputs, slices of weights and `results` are the
+    same values in both; intermediate values of `inference` become further values of the program.
     """
     made_names = {name for operator in inference.operators for name in operator.outputs if name is not None}
     names = {name: f"inference.{name}" for name in made_names.difference(results)}

@@ -1,5 +1,5 @@
-"""Makes a module return its loss alone: the loss that stands among other results, or a function that a factory gives beside the
-module, `loss_fn(module(*inputs), *targets)`.
+"""Makes a module return its loss alone: the loss that stands among other results, or a function that a factory gives
+beside the module, `loss_fn(module(*inputs), *targets)`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ class WithLoss(nn.Module):
     """Base of the classes that `with_loss` makes."""
 
     _loss_fn: tuple[Loss | None, int | None]
-    """(loss_fn, number of tensors of the batch that are the module's inputs); (None, None): the module has its loss itself."""
+    """(loss_fn, number of tensors of the batch that are the module's inputs); (None, None): the module has its loss
+    itself.
+    """
 
 
 def loss_maker(module: nn.Module) -> str:
@@ -38,10 +40,11 @@ def adopted_loss(module: nn.Module) -> list[nn.Module]:
 
 
 def with_loss(module: nn.Module, loss_fn: Loss | None, inputs: int | None) -> None:
-    """Have `module(*batch)` return `loss_fn(module(*batch[:inputs]), *batch[inputs:])`, or without a `loss_fn` its own loss.
+    """Have `module(*batch)` return `loss_fn(module(*batch[:inputs]), *batch[inputs:])`, or without a `loss_fn` its own
+    loss.
 
-    The module stays the same object, of a class derived from its own, so that its parameters and layers keep their names
-    and its hooks see its own inputs and output. Buffers of a `loss_fn` that is a module, such as the weights of
+    The module stays the same object, of a class derived from its own, so that its parameters and layers keep their
+    names and its hooks see its own inputs and output. Buffers of a `loss_fn` that is a module, such as the weights of
     `nn.CrossEntropyLoss(weight=...)`, become buffers of the module that are not in its state_dict.
 
     Raises InputError if `loss_fn` cannot be called, or has parameters that are not the module's.
@@ -76,7 +79,8 @@ def with_loss(module: nn.Module, loss_fn: Loss | None, inputs: int | None) -> No
     methods = {"__call__": call, "forward": forward, "__module__": __name__}
     derived: Any = type(type(module).__name__, (type(module), WithLoss), methods)
     module.__class__ = derived
-    # Past nn.Module's own __setattr__, which would make a loss function that is a module a part of it under another name.
+    # Past nn.Module's own __setattr__, which would make a loss function that is a module a part of it under another
+    # name.
     object.__setattr__(module, "_loss_fn", (loss_fn, inputs))
 
 
@@ -94,8 +98,8 @@ def _check_parameters(module: nn.Module, loss_fn: nn.Module) -> None:
     names = [name for name, parameter in loss_fn.named_parameters() if id(parameter) not in module_parameters]
     if names:
         raise InputError(
-            f"loss_fn has parameters of its own ({', '.join(names)}), which the module's state_dict has not; make it a part of"
-            " the module (self.loss_fn = ...)"
+            f"loss_fn has parameters of its own ({', '.join(names)}), which the module's state_dict has not; make it a"
+            " part of the module (self.loss_fn = ...)"
         )
 
 
@@ -118,9 +122,11 @@ def _described(values: Any) -> str:
     leaves = pytree.tree_leaves(values)
     return (
         ", ".join(
-            f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
-            if isinstance(leaf, Tensor)
-            else type(leaf).__name__
+            (
+                f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
+                if isinstance(leaf, Tensor)
+                else type(leaf).__name__
+            )
             for leaf in leaves
         )
         or "nothing"

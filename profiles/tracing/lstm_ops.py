@@ -1,8 +1,8 @@
-"""Registers the operators of `tightfit.runtime.engine.cpu.lstm` with torch for tracing, as `tightfit.profiles.tracing.torch_ops`
-does the others, and has `nn.LSTM` use them.
+"""Registers the operators of `tightfit.runtime.engine.cpu.lstm` with torch for tracing, as
+`tightfit.profiles.tracing.torch_ops` does the others, and has `nn.LSTM` use them.
 
-PyTorch's own layers are traced as they run without oneDNN: some thirty operators for each token in each layer, some ten thousand for
-a sequence of 100, and a small matrix product for each token where one product for all of them would do.
+PyTorch's own layers are traced as they run without oneDNN: some thirty operators for each token in each layer, some ten
+thousand for a sequence of 100, and a small matrix product for each token where one product for all of them would do.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ lstm = _define(
 )
 lstm_backward = _define(
     "lstm_backward",
-    "(Tensor? dy, Tensor? dends, Tensor x, Tensor hidden, Tensor cell, Tensor w_ih, Tensor w_hh, Tensor y, Tensor gates,"
-    " Tensor cells, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor? dy, Tensor? dends, Tensor x, Tensor hidden, Tensor cell, Tensor w_ih, Tensor w_hh, Tensor y, Tensor"
+    " gates, Tensor cells, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda dy, dends, *tensors: (
         *(like.new_empty(like.shape) for like in tensors[:5]),
         tensors[6].new_empty(tensors[6].shape[-1]),
@@ -75,8 +75,9 @@ LeaveOut = Callable[[Tensor, float, bool], Tensor]
 
 
 def lstm_of(leave_out: LeaveOut) -> Callable[..., Any]:
-    """What takes the place of ``torch._VF.lstm``, which `nn.LSTM` calls: the operators above for sequences of equal length in
-    float32 without projections, with dropout between layers by `leave_out` (x, p, whether in training); otherwise PyTorch's own.
+    """What takes the place of ``torch._VF.lstm``, which `nn.LSTM` calls: the operators above for sequences of equal
+    length in float32 without projections, with dropout between layers by `leave_out` (x, p, whether in training);
+    otherwise PyTorch's own.
     """
 
     def call(*arguments: Any) -> Any:

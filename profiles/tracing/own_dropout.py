@@ -1,8 +1,8 @@
-"""Has a module's own dropout draw its masks as that of LoRA pairs does (`tightfit.runtime.engine.cpu.dropout`): no mask is
-stored, what is left out may be made again, and evaluations leave nothing out.
+"""Has a module's own dropout draw its masks as that of LoRA pairs does (`tightfit.runtime.engine.cpu.dropout`): no mask
+is stored, what is left out may be made again, and evaluations leave nothing out.
 
-PyTorch's functions are replaced while a module is traced, where `nn.Dropout`, `F.dropout` and attention call them. Other
-operators that draw random numbers stay: their results are kept or offloaded, and never made again.
+PyTorch's functions are replaced while a module is traced, where `nn.Dropout`, `F.dropout` and attention call them.
+Other operators that draw random numbers stay: their results are kept or offloaded, and never made again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _channels(x: Tensor, p: float) -> Tensor:
 
 @contextlib.contextmanager
 def _replaced(elements: DropoutFunction, channels: DropoutFunction, *, traced: bool = True) -> Iterator[None]:
-    """Within this context `elements` and `channels` replace PyTorch's dropouts and, with `traced`, `lstm_of` its `nn.LSTM`."""
+    """Within this context `elements` and `channels` replace PyTorch's dropouts and, with `traced`, `lstm_of` its
+    `nn.LSTM`.
+    """
 
     def of(leave_out: DropoutFunction, *, within: bool) -> Callable[[Tensor, float, bool], Tensor]:
         def call(x: Tensor, p: float, train: bool) -> Tensor:

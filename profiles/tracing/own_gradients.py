@@ -100,7 +100,9 @@ class CustomFunctions:
         """
         inside = False
         gradients: bool | None = None
-        """whether whoever calls a Function wants gradients, where PyTorch's own `apply` does, which computes without them"""
+        """whether whoever calls a Function wants gradients, where PyTorch's own `apply` does, which computes without
+        them
+        """
 
         def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
             nonlocal inside
@@ -130,8 +132,9 @@ class CustomFunctions:
             )
 
         def looked_up(function: type[torch.autograd.Function], name: str) -> Any:
-            """What a Function's class has: in the place of `apply` the one above. A reference to `apply` that was taken earlier is
-            PyTorch's, which looks up the class of the backward, then, without gradients, `forward` and `setup_context`.
+            """What a Function's class has: in the place of `apply` the one above. A reference to `apply` that was taken
+            earlier is PyTorch's, which looks up the class of the backward, then, without gradients, `forward` and
+            `setup_context`.
             """
             nonlocal gradients
             found = type.__getattribute__(function, name)
@@ -231,9 +234,9 @@ def gradients_refused() -> Iterator[None]:
     def refusing(kind: str) -> Callable[..., None]:
         def compute(*args: Any, **kwargs: Any) -> None:
             raise InputError(
-                f"{_calling()} forward computes a gradient ({kind}), which is not supported: a trace of a forward has operators and no"
-                " gradients, and those of its results would be gradients of gradients. Write the gradient out in operators of the"
-                " forward, or train this module with PyTorch"
+                f"{_calling()} forward computes a gradient ({kind}), which is not supported: a trace of a forward has"
+                " operators and no gradients, and those of its results would be gradients of gradients. Write the"
+                " gradient out in operators of the forward, or train this module with PyTorch"
             )
 
         return compute
@@ -261,6 +264,6 @@ def _calling() -> str:
 
 def _hook_error(where: str, kind: str, hook: Callable[..., Any]) -> InputError:
     return InputError(
-        f"{where} has a hook on its gradient ({kind} of {line_of_function(hook)}), which a traced step would leave out; remove it,"
-        " or do the same in the backward of a torch.autograd.Function, which is run as it is"
+        f"{where} has a hook on its gradient ({kind} of {line_of_function(hook)}), which a traced step would leave out;"
+        " remove it, or do the same in the backward of a torch.autograd.Function, which is run as it is"
     )

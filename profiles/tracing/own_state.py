@@ -1,5 +1,5 @@
-"""Finds what a module's forward keeps from one call to the next, or draws, beside its parameters, its buffers and PyTorch's
-generator: a trace has none of it.
+"""Finds what a module's forward keeps from one call to the next, or draws, beside its parameters, its buffers and
+PyTorch's generator: a trace has none of it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ DEEPEST = 5
 
 
 def state_copy(module: nn.Module) -> nn.Module | None:
-    """A copy of all that the module holds but its parameters and buffers, which it shares; None if it cannot be copied."""
+    """A copy of all that the module holds but its parameters and buffers, which it shares; None if it cannot be
+    copied.
+    """
     memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     for part in module.modules():
-        # What autograd made, such as the weight of `nn.utils.weight_norm`, cannot be copied, and each call makes it anew.
+        # What autograd made, such as the weight of `nn.utils.weight_norm`, cannot be copied, and each call makes it
+        # anew.
         memo |= {id(value): value for value in vars(part).values() if isinstance(value, Tensor) and not value.is_leaf}
     try:
         return copy.deepcopy(module, memo)
@@ -51,7 +54,9 @@ def changed_attributes(before: nn.Module, after: nn.Module) -> list[str]:
 
 
 def advance_counters(before: nn.Module, after: nn.Module, times: int) -> bool:
-    """Change each integer attribute that grew from `before` to `after` as if it had grown `times` as much; False if none did."""
+    """Change each integer attribute that grew from `before` to `after` as if it had grown `times` as much; False if
+    none did.
+    """
     counters = [
         (new, key, value, vars(old)[key])
         for old, new in zip(before.modules(), after.modules(), strict=False)
@@ -64,7 +69,9 @@ def advance_counters(before: nn.Module, after: nn.Module, times: int) -> bool:
 
 
 def _same(one: Any, other: Any, depth: int = 0) -> bool:
-    """Whether two values are equal, as far as can be seen: objects that hold nothing, or lie `DEEPEST` in others, are taken to be."""
+    """Whether two values are equal, as far as can be seen: objects that hold nothing, or lie `DEEPEST` in others, are
+    taken to be.
+    """
     if one is other or depth == DEEPEST:
         return True
     if type(one) is not type(other):
@@ -84,8 +91,8 @@ def _same(one: Any, other: Any, depth: int = 0) -> bool:
 
 @contextlib.contextmanager
 def draws_watched() -> Iterator[list[str]]:
-    """The list that it gives says, once this context is left, which generators of random numbers of Python and NumPy were advanced
-    within it, whoever holds them, or were made from the machine's entropy.
+    """The list that it gives says, once this context is left, which generators of random numbers of Python and NumPy
+    were advanced within it, whoever holds them, or were made from the machine's entropy.
     """
     states = [(generator, _state(generator)) for generator in _generators()]
     drawn: list[str] = []
@@ -109,9 +116,10 @@ def refuse_draws(module: nn.Module, drawn: Sequence[str]) -> None:
     """Raise InputError if the module's forward has `drawn` from generators that are not PyTorch's."""
     if drawn:
         raise InputError(
-            f"{type(module).__name__} draws random numbers of {drawn[0]} in its forward: every step would repeat those that were drawn"
-            " when it was traced. Draw with PyTorch (torch.rand, torch.randint, torch.distributions), which draws anew in every step,"
-            " and multiply by what was drawn in place of a branch; or draw outside and hand the result over as a tensor of the batch"
+            f"{type(module).__name__} draws random numbers of {drawn[0]} in its forward: every step would repeat those"
+            " that were drawn when it was traced. Draw with PyTorch (torch.rand, torch.randint, torch.distributions),"
+            " which draws anew in every step, and multiply by what was drawn in place of a branch; or draw outside and"
+            " hand the result over as a tensor of the batch"
         )
 
 
@@ -125,9 +133,9 @@ def seeding_refused() -> Iterator[None]:
             if not is_own_code(caller.f_code.co_filename):
                 return call(*args, **kwargs)
             raise InputError(
-                f"at {caller.f_code.co_filename}:{caller.f_lineno} forward seeds PyTorch's generator ({name}), which a traced step"
-                " leaves out: it draws anew in every step. For the same numbers in every step, draw them in __init__ and register"
-                " them as a buffer"
+                f"at {caller.f_code.co_filename}:{caller.f_lineno} forward seeds PyTorch's generator ({name}), which a"
+                " traced step leaves out: it draws anew in every step. For the same numbers in every step, draw them"
+                " in __init__ and register them as a buffer"
             )
 
         return seed

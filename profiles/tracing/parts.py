@@ -1,8 +1,8 @@
 """Traces the forward of a part of a module by itself, while it runs on a few tokens and on parameters without memory.
 
-`torch.export` and fake tensors, and PyTorch's own operators on the meta device, import 80 MiB of Python, more than answers may take. So
-activations are in memory here; tightfit's operators, which alone read parameters, make outputs without looking at values where one of their
-inputs is on the meta device.
+`torch.export` and fake tensors, and PyTorch's own operators on the meta device, import 80 MiB of Python, more than
+answers may take. So activations are in memory here; tightfit's operators, which alone read parameters, make outputs
+without looking at values where one of their inputs is on the meta device.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class _Recording(TorchDispatchMode):
 def trace_part(
     name: str, part: nn.Module, inputs: Sequence[Tensor]
 ) -> tuple[Program, dict[str, str], dict[str, Tensor]]:
-    """The program called `name` of the forward of a part that trains nothing; the names of its parameters and constants by those of the
-    program's values; and the constants by their names.
+    """The program called `name` of the forward of a part that trains nothing; the names of its parameters and constants
+    by those of the program's values; and the constants by their names.
 
-    Inputs are in0, in1, ..., parameters after them, and results out0, out1, ... Parameters are on the meta device, and no others than
-    tightfit's operators read them.
+    Inputs are in0, in1, ..., parameters after them, and results out0, out1, ... Parameters are on the meta device, and
+    no others than tightfit's operators read them.
     """
     parameters = dict(part.named_parameters())
     given: dict[str, tuple[Tensor, TensorKind]] = {}

@@ -27,7 +27,9 @@ def representatives(kinds: Sequence[Hashable]) -> list[int]:
 
 
 def with_all_blocks(traced: Trace, stand_ins: Sequence[int]) -> Trace:
-    """The trace of a whole decoder, given that of the blocks which stand for the others: block i is equal to block `stand_ins[i]`."""
+    """The trace of a whole decoder, given that of the blocks which stand for the others: block i is equal to block
+    `stand_ins[i]`.
+    """
     kept = sorted(set(stand_ins))
     of_block: dict[int, list[Layer]] = {number: [] for number in kept}
     before: list[Layer] = []

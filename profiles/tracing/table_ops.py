@@ -1,9 +1,9 @@
-"""Registers the operators of trained embeddings and heads (`tightfit.runtime.engine.cpu.tables`) with torch for tracing, as
-`tightfit.profiles.tracing.torch_ops` does the others.
+"""Registers the operators of trained embeddings and heads (`tightfit.runtime.engine.cpu.tables`) with torch for
+tracing, as `tightfit.profiles.tracing.torch_ops` does the others.
 
-Each is differentiable by itself: a slice of an embedding hands the gradient of the slices before it on, and one of a head
-makes its logits again from hidden states and the log-sum-exp that it left. So a slice is a layer of its own to the planner,
-and nothing has to be decomposed.
+Each is differentiable by itself: a slice of an embedding hands the gradient of the slices before it on, and one of a
+head makes its logits again from hidden states and the log-sum-exp that it left. So a slice is a layer of its own to the
+planner, and nothing has to be decomposed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _scratch(hidden: Tensor, rows: Tensor, dtype: torch.dtype, rounded: bool) ->
 
 table_rows = _define(
     "table_rows",
-    "(Tensor before, Tensor rows, Tensor ids, Tensor base, int offset, int vocabulary, float scale, int padding) -> Tensor",
+    "(Tensor before, Tensor rows, Tensor ids, Tensor base, int offset, int vocabulary, float scale, int padding) ->"
+    " Tensor",
     lambda before, *_: (_same(before),),
 )
 table_rows_backward = _define(
@@ -52,8 +53,8 @@ table_head = _define(
 table_head_backward = _define(
     "table_head_backward",
     "(Tensor dlse, Tensor down, Tensor lse, Tensor new_lse, Tensor hidden, Tensor rows, Tensor labels, Tensor base,"
-    " int offset, float cap, ScalarType dtype, bool rounded)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int offset, float cap, ScalarType dtype, bool rounded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor)",
     lambda dlse, down, lse, new_lse, hidden, rows, labels, base, offset, cap, dtype, rounded: (
         *map(_same, (lse, lse, hidden, rows)),
         *_scratch(hidden, rows, dtype, rounded),

@@ -1,5 +1,5 @@
-"""Files with tensors by name, between two processes of one profile; one of them has PyTorch without PyTorch's Python, and so without
-`torch.load`.
+"""Files with tensors by name, between two processes of one profile; one of them has PyTorch without PyTorch's Python,
+and so without `torch.load`.
 
 A line of JSON, {name: [dtype, shape, stride]}, then the elements of each tensor as they lie in memory.
 """

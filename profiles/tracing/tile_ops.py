@@ -38,7 +38,8 @@ def _rotated(x: Tensor, cos: Tensor, positions: Tensor | None, heads: int, dtype
 def _check_positions(operator: str, positions: Tensor | None, tokens: int) -> None:
     if positions is not None and (positions.dtype is not torch.int64 or positions.numel() != tokens):
         raise InputError(
-            f"{operator}: positions are {positions.dtype} of {positions.numel()} elements; int64, one for each of {tokens} tokens"
+            f"{operator}: positions are {positions.dtype} of {positions.numel()} elements; int64, one for each of"
+            f" {tokens} tokens"
         )
 
 
@@ -60,22 +61,25 @@ def _check_tiles(
     """Raises InputError for tensors that are not a tile's queries and the keys and values of all tiles so far."""
     if not keys or len(keys) != len(values):
         raise InputError(
-            f"tile_attention: {len(keys)} tiles of keys and {len(values)} of values; there is one of each for every tile"
+            f"tile_attention: {len(keys)} tiles of keys and {len(values)} of values; there is one of each for every"
+            " tile"
         )
     if kv_heads < 1 or heads % kv_heads or q.shape[1] % heads:
         raise InputError(
-            f"tile_attention: {q.shape[1]} columns in {heads} query heads and {kv_heads} key heads; each divides the one before"
+            f"tile_attention: {q.shape[1]} columns in {heads} query heads and {kv_heads} key heads; each divides the"
+            " one before"
         )
     columns = q.shape[1] // heads * kv_heads
     for number, (key, value) in enumerate(zip(keys, values)):
         if key.shape != value.shape or key.shape[1] != columns:
             raise InputError(
-                f"tile_attention: keys {list(key.shape)} and values {list(value.shape)} of tile {number}; both have {columns} columns"
-                " and as many rows"
+                f"tile_attention: keys {list(key.shape)} and values {list(value.shape)} of tile {number}; both have"
+                f" {columns} columns and as many rows"
             )
     if keys[-1].shape[0] != q.shape[0]:
         raise InputError(
-            f"tile_attention: {q.shape[0]} queries and {keys[-1].shape[0]} keys in the last tile, which is the queries' own"
+            f"tile_attention: {q.shape[0]} queries and {keys[-1].shape[0]} keys in the last tile, which is the"
+            " queries' own"
         )
     if window < 0:
         raise InputError(f"tile_attention: the window is {window}; it is a number of keys, 0 for all of them")

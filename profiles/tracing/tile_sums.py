@@ -1,9 +1,11 @@
-"""Gradients that several operators of a layer contribute to, summed in float32 and in place: those of keys and values that several
-tiles of a row attend to, that of what a matrix in slices multiplies, what the experts of a mixture make, and those of their pairs.
+"""Gradients that several operators of a layer contribute to, summed in float32 and in place: those of keys and values
+that several tiles of a row attend to, that of what a matrix in slices multiplies, what the experts of a mixture make,
+and those of their pairs.
 
 Autograd adds what each tile contributes, rounded to the keys' type, in an operator of its own. `fuse_sums` has
-`tightfit.tile_attention_backward`, and the experts' backward, add to the sums of the tiles behind it; `sums_in_place` then gives a new
-sum the storage of the old one, so that a key tile has one sum, and a pair one gradient, however many tiles contribute.
+`tightfit.tile_attention_backward`, and the experts' backward, add to the sums of the tiles behind it; `sums_in_place`
+then gives a new sum the storage of the old one, so that a key tile has one sum, and a pair one gradient, however many
+tiles contribute.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ TOTALS = {
     "tightfit.adapted_experts": ((0, 0),),
     "tightfit.adapted_experts_backward": ((0, 0), (1, 1), (18, 4), (19, 5), (20, 6), (21, 7)),
 }
-"""operators that are given sums so far -> the place of each among the arguments, and of the new one among the outputs"""
+"""operators that are given sums so far -> the place of each among the arguments, and of the new one among the
+outputs
+"""
 PAIR_SUMS = TOTALS["tightfit.adapted_experts_backward"][2:]
 """of these, the gradients of the factors of pairs"""
 KEYS_AT = 2
@@ -40,7 +44,9 @@ SUMS_AT = 7, 8
 
 
 def fuse_sums(graph: fx.Graph) -> None:
-    """Replace autograd's additions by sums that each tile's backward hands to the next, where nothing else contributes."""
+    """Replace autograd's additions by sums that each tile's backward hands to the next, where nothing else
+    contributes.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="call_function", target=tile_attention_backward):
         tiles = len(node.args[KEYS_AT])
@@ -76,8 +82,8 @@ Contribution = tuple[fx.Node, fx.Node, fx.Node]
 
 
 def _before(contributed: Sequence[Contribution | None], node: fx.Node, order: Mapping[fx.Node, int]) -> list[fx.Node]:
-    """What other tiles have made of the sums that a tile contributes to, from its operator `node` on; none unless all of it is there by
-    then.
+    """What other tiles have made of the sums that a tile contributes to, from its operator `node` on; none unless all
+    of it is there by then.
     """
     before = [found[2] for found in contributed if found is not None]
     return before if len(before) == len(contributed) and all(order[old] < order[node] for old in before) else []
@@ -107,8 +113,8 @@ def _take_over(node: fx.Node, replaced: fx.Node) -> None:
 
 
 def _added(item: fx.Node | None) -> Contribution | None:
-    """Where a contribution is used once, in an addition to an earlier tile's: the addition, the contribution as it is added,
-    and what the other tile made.
+    """Where a contribution is used once, in an addition to an earlier tile's: the addition, the contribution as it is
+    added, and what the other tile made.
     """
     if item is None or len(item.users) != 1:
         return None
@@ -129,8 +135,8 @@ def _added(item: fx.Node | None) -> Contribution | None:
 
 
 def sums_in_place(program: Program, results: Collection[str]) -> Program:
-    """The program with the storage of each new sum in the place of the old one's, where nothing reads the old one afterwards
-    and it is none of the program's `results`.
+    """The program with the storage of each new sum in the place of the old one's, where nothing reads the old one
+    afterwards and it is none of the program's `results`.
     """
     made = {name for step in program.operators for name in step.outputs if name is not None}
     last_read = {name: index for index, step in enumerate(program.operators) for name in step.inputs}

@@ -9,7 +9,9 @@ MOST_AFTERWARDS = 4
 
 
 def in_tiles(program: Program, most: int) -> Program:
-    """The program, which says of how many equal runs of operators, up to `most` and dividing it, its forward begins with."""
+    """The program, which says of how many equal runs of operators, up to `most` and dividing it, its forward begins
+    with.
+    """
     forward = [operator.target for operator in program.operators if operator.phase == "forward"]
     for tiles in (count for count in range(most, 1, -1) if not most % count):
         for afterwards in range(MOST_AFTERWARDS + 1):

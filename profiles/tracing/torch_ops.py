@@ -96,8 +96,8 @@ projection_backward = _define(
 )
 attention = _define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, Tensor? positions, int heads, int kv_heads, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, Tensor? positions, int heads, int kv_heads,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
     lambda q, k, v, cos, sin, mask, positions, heads, kv, scale: (
         _same(q),
         q.new_empty((q.shape[0] // cos.shape[0], heads, cos.shape[0]), dtype=torch.float32),
@@ -247,7 +247,9 @@ torch.library.register_autograd(
 def loss_of_tokens(
     token_losses: Tensor, labels: Tensor, known: Tensor | None = None, loss: str = "", beta: float = 0.0
 ) -> Tensor:
-    """The loss of a batch as a function of its token losses: their mean over the labelled tokens, or the loss of pairs."""
+    """The loss of a batch as a function of its token losses: their mean over the labelled tokens, or the loss of
+    pairs.
+    """
     if known is None:
         return token_losses.sum() / (labels.reshape(-1) >= 0).sum().clamp(min=1)
     return preference_loss(token_losses, labels, known, loss, beta)[0]  # type: ignore[no-any-return]
@@ -287,8 +289,8 @@ def projected(
 
 
 def projected_backward(dy: Tensor, weight: Tensor, dlow: Tensor | None, a: Tensor | None, slice_rows: int) -> Tensor:
-    """`projection_backward`, of each slice of the weight's rows by itself, from the first to the last: what they contribute is
-    summed in float32 and rounded once.
+    """`projection_backward`, of each slice of the weight's rows by itself, from the first to the last: what they
+    contribute is summed in float32 and rounded once.
     """
     slices = row_slices(weight, slice_rows)
     dx = None
@@ -302,7 +304,9 @@ def projected_backward(dy: Tensor, weight: Tensor, dlow: Tensor | None, a: Tenso
 
 
 def row_slices(weight: Tensor, slice_rows: int) -> list[slice]:
-    """The slices of so many rows of a matrix, the last of as many as are left; all rows at once where there are no more."""
+    """The slices of so many rows of a matrix, the last of as many as are left; all rows at once where there are no
+    more.
+    """
     return [slice(start, start + slice_rows) for start in range(0, weight.shape[0], slice_rows)]
 
 
@@ -354,8 +358,8 @@ frozen_linear = _differentiable("frozen_linear", open_frozen, _frozen_fake, _fro
 # The whole loss head is one differentiable operator for torch. A trace decomposes it into begin, one chunk per
 # vocabulary slice, and finish (`open_head`), so that the planner sees each slice as a weight of its own. The weight
 # rows of the labels are gathered like an embedding's: if every slice passed them on, they would be half of the state.
-# `counted` are the labels of the whole batch of which `hidden` is a part: the mean is over these.
-# With a `loss` it is that of pairs (`preference_loss`): what each token weighs in it is known once the state is complete.
+# `counted` are the labels of the whole batch of which `hidden` is a part: the mean is over these. With a `loss` it is
+# that of pairs (`preference_loss`): what each token weighs in it is known once the state is complete.
 PAIRS = 'Tensor? known=None, str loss="", float beta=0.0'
 _library.define(
     f"head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, {PAIRS}, Tensor? counted=None)"
@@ -433,8 +437,8 @@ def _head_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
 
 head_loss = _differentiable("head_loss", open_head, _head_fake, _head_grad, _head_setup)
 
-# The same head with capped logits, cap * tanh(logit / cap). It is decomposed into PyTorch's operators. The largest logit
-# is known to be below the cap, so that softmax needs no running maximum.
+# The same head with capped logits, cap * tanh(logit / cap). It is decomposed into PyTorch's operators. The largest
+# logit is known to be below the cap, so that softmax needs no running maximum.
 MOST_CAP = 40.0
 """Largest cap at which exp(-2 * cap), the smallest term of softmax's sum, is a float32."""
 _library.define(

@@ -61,7 +61,9 @@ RESHAPES = {
     operator.getitem,
 }
 LARGEST_SEGMENT = 80
-"""nodes of a forward above which a segment is cut further: what a layer's backward may recompute is decided layer by layer"""
+"""nodes of a forward above which a segment is cut further: what a layer's backward may recompute is decided layer by
+layer
+"""
 IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
 
 
@@ -99,9 +101,9 @@ def trace(
 
     Trained parameters and the loss are float32; operators get parameters in the type that the module has them in.
     Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
-    that require no gradient are frozen: matrices become weights, vectors constants. The module calls each repeated block `tiles` times, one
-    call after the other, on a part of the batch each. Raises InputError if the module cannot be traced, or changes a buffer that is no
-    running statistic.
+    that require no gradient are frozen: matrices become weights, vectors constants. The module calls each repeated
+    block `tiles` times, one call after the other, on a part of the batch each. Raises InputError if the module cannot
+    be traced, or changes a buffer that is no running statistic.
     """
     batch = {name: tensor.contiguous() for name, tensor in batch.items()}  # as a run writes it
     report = progress or (lambda stage, done, total: None)
@@ -158,8 +160,8 @@ def trace(
 def trace_forward(
     module: nn.Module, batch: Mapping[str, torch.Tensor], decompositions: dict[Any, Callable[..., Any]]
 ) -> Trace:
-    """Trace the forward alone of a module that trains nothing and whose first result is no view; the trace's `loss` is that
-    result's name. Raises InputError if it cannot be traced.
+    """Trace the forward alone of a module that trains nothing and whose first result is no view; the trace's `loss` is
+    that result's name. Raises InputError if it cannot be traced.
     """
     graph, roles = _export(module, batch)
     segments = _segments(graph)
@@ -188,7 +190,10 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode)):
         operator = getattr(error, "func", "a condition")
-        return f"what follows depends on the values of tensors ({operator}); a traced step has fixed shapes and no branches on values"
+        return (
+            f"what follows depends on the values of tensors ({operator}); a traced step has fixed shapes and no"
+            " branches on values"
+        )
     if isinstance(error, AssertionError) and "Please convert all Tensors to FakeTensors" in str(error):
         return "it uses a tensor that it was not given; hand it over as an argument"
     lines = str(error).strip().splitlines()
@@ -264,8 +269,8 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
             name, kind = next(names_of_batch, node.name), "batch"
             if not isinstance(node.meta["val"], torch.Tensor):
                 raise InputError(
-                    f"{type(module).__name__} uses an object in its forward that a trace cannot hold ({node.name}), such as a"
-                    " torch.Generator of its own; draw from PyTorch's, without the argument generator"
+                    f"{type(module).__name__} uses an object in its forward that a trace cannot hold ({node.name}),"
+                    " such as a torch.Generator of its own; draw from PyTorch's, without the argument generator"
                 )
         if kind != "batch" and name in state_tensors:
             first = first_nodes.setdefault(id(state_tensors[name]), node)
@@ -280,8 +285,8 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
 
 
 def _keep_wide(graph: fx.Graph, parameter: fx.Node) -> None:
-    """Make a trained parameter float32, which is rounded to the type that the module has it in wherever it is used: what an
-    update adds is often too small for a bfloat16.
+    """Make a trained parameter float32, which is rounded to the type that the module has it in wherever it is used:
+    what an update adds is often too small for a bfloat16.
     """
     narrow = parameter.meta["val"]
     if narrow.dtype is torch.float32:
@@ -366,8 +371,8 @@ def _erase_unused(node: fx.Node) -> None:
 
 
 def _free_layouts(graph: fx.Graph) -> None:
-    """Have views copy where they must: torch.export traces without gradients, and an operator that needs them may have another
-    kernel, whose results lie otherwise in memory (attention whose bias is trained).
+    """Have views copy where they must: torch.export traces without gradients, and an operator that needs them may have
+    another kernel, whose results lie otherwise in memory (attention whose bias is trained).
     """
     for node in graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default
@@ -416,8 +421,8 @@ def _layer_key(node: fx.Node) -> str | None:
 def _cut(
     name: str | None, nodes: list[fx.Node], most: int = LARGEST_SEGMENT, depth: int = 1
 ) -> list[tuple[str | None, list[fx.Node]]]:
-    """A segment as it is, or, of more than `most` nodes, cut where the first `depth` names of their module paths change,
-    and deeper where a piece is still larger; small pieces that follow each other stay together.
+    """A segment as it is, or, of more than `most` nodes, cut where the first `depth` names of their module paths
+    change, and deeper where a piece is still larger; small pieces that follow each other stay together.
     """
     paths = [_module_path(node).split(".") for node in nodes]
     if len(nodes) <= most or depth > max(map(len, paths)):
@@ -441,7 +446,9 @@ def _repeated_here(node: fx.Node) -> bool:
 
 
 def _segments(graph: fx.Graph, tiles: int = 1) -> list[Segment]:
-    """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut further."""
+    """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut
+    further.
+    """
     calls = [
         node
         for node in graph.nodes
@@ -662,7 +669,8 @@ class _Tracer:
         for node in segment.inputs:
             value, role = node.meta["val"], self.roles.get(node)
             lines.append(
-                f"{tuple(value.shape)} {value.stride()} {value.dtype} {self.requires[node]} {role.kind if role else 'activation'}"
+                f"{tuple(value.shape)} {value.stride()} {value.dtype} {self.requires[node]}"
+                f" {role.kind if role else 'activation'}"
             )
         lines.append(repr((extra, len(segment.outputs))))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -690,10 +698,11 @@ class _Tracer:
     def _accumulate(
         self, layers: list[Layer], segments: list[Segment], by_name: dict[str, Program]
     ) -> tuple[list[Layer], list[Program]]:
-        """For each gradient that several layers contribute to: rename the contributions and add layers that sum them, one
-        contribution after the other.
+        """For each gradient that several layers contribute to: rename the contributions and add layers that sum them,
+        one contribution after the other.
 
-        A new layer precedes, in forward order, a layer that reads the tensor, so it runs right after that layer's backward.
+        A new layer precedes, in forward order, a layer that reads the tensor, so it runs right after that layer's
+        backward.
         """
         position = {segment.name: index for index, segment in enumerate(segments)}
         before: dict[int, list[Layer]] = {}

@@ -57,8 +57,8 @@ def _mlp(shape: DecoderShape) -> Iterable[tuple[str, int, int, bool]]:
 
 
 def expert_parts(name: str) -> tuple[str, ...]:
-    """The names, with * for the number of an expert, of the tensors whose rows, expert by expert, are those of a tensor of all experts;
-    () for any other tensor.
+    """The names, with * for the number of an expert, of the tensors whose rows, expert by expert, are those of a tensor
+    of all experts; () for any other tensor.
     """
     stem = name.removesuffix("gate_up_proj").removesuffix("down_proj")
     if name.endswith(GATE_UP):
@@ -67,7 +67,9 @@ def expert_parts(name: str) -> tuple[str, ...]:
 
 
 def packed_entry(name: str, shape: tuple[int, ...], packed_format: str) -> Entry:
-    """The store entry of a tensor in format `packed_format`, or in bfloat16 if no group size divides a matrix's rows evenly."""
+    """The store entry of a tensor in format `packed_format`, or in bfloat16 if no group size divides a matrix's rows
+    evenly.
+    """
     if packed_format not in ("q4", "q8"):
         return Entry(name=name, shape=shape, format=packed_format)
     columns = 1
@@ -86,8 +88,8 @@ def describe(
     """Entries (name, shape, format, packed sizes) of every tensor of a decoder, in forward order.
 
     Matrices, among them the embedding and an untied head, are of the chosen `precision` (quantised ones in groups of
-    32), vectors float32; `formats` overrides single tensors, by name. `tightfit.runtime.engine.weights.layout.packed_bytes(entries,
-    "w[a:b]")` gives the bytes of a slice.
+    32), vectors float32; `formats` overrides single tensors, by name.
+    `tightfit.runtime.engine.weights.layout.packed_bytes(entries, "w[a:b]")` gives the bytes of a slice.
     """
     entries: dict[str, Entry] = {}
     for name, shape in decoder_tensors(decoder_shape(config)):

@@ -55,9 +55,9 @@ def pack_q4(values: Tensor, group: int, spans: Sequence[float] = SPANS) -> Tenso
     """Round float rows [n, columns] to affine 4 bit: uint8 [n, row bytes], with little squared error in every group.
 
     The scale is searched as llama.cpp's make_qkx2_quants does it: from several first scales, each the group's range
-    times one of `spans` divided by 15, codes and the least-squares scale and min for them take turns `REFITS` times (the
-    alternation of k-means in one dimension). Of all pairs, rounded to float16, the one with the least squared error is
-    kept, and improved in the same way.
+    times one of `spans` divided by 15, codes and the least-squares scale and min for them take turns `REFITS` times
+    (the alternation of k-means in one dimension). Of all pairs, rounded to float16, the one with the least squared
+    error is kept, and improved in the same way.
     """
     rows = values.reshape(-1, group)
     parts = rows.split(max(1, AT_ONCE // group))
@@ -174,7 +174,8 @@ class StoreWriter:
             disk = os.statvfs(self.path.parent)
             if disk.f_bavail * disk.f_frsize < end:
                 raise RunError(
-                    f"{self.path.parent}: the weight store needs {end} bytes, {disk.f_bavail * disk.f_frsize} are free; free some space or set TIGHTFIT_CACHE"
+                    f"{self.path.parent}: the weight store needs {end} bytes, {disk.f_bavail * disk.f_frsize} are free;"
+                    " free some space or set TIGHTFIT_CACHE"
                 )
             self._file = self._temporary.open("wb")
             self._behind = WriteBehind(self._file.fileno())
@@ -248,7 +249,8 @@ class StoreWriter:
 
     def _failure(self, error: OSError) -> RunError:
         return RunError(
-            f"{self.path}: {error.strerror} while writing the weight store of {self._end} bytes; free some space or set TIGHTFIT_CACHE"
+            f"{self.path}: {error.strerror} while writing the weight store of {self._end} bytes; free some space or set"
+            " TIGHTFIT_CACHE"
         )
 
     def _place(self, entries: list[Entry], start: int) -> list[Entry]:
@@ -311,13 +313,14 @@ def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
                 row for row, values in enumerate(block) if not _finite(entry, values[None], packed=packed)
             )
             raise InputError(
-                f"{tensor.origin_of(row)} holds NaN or infinity, first in row {row}; the file is damaged or its training"
-                " diverged: download it again, or use another checkpoint"
+                f"{tensor.origin_of(row)} holds NaN or infinity, first in row {row}; the file is damaged or its"
+                " training diverged: download it again, or use another checkpoint"
             )
         packed_block = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
         if not packed and not finite_groups(entry, packed_block):
             raise InputError(
-                f"{tensor.origin_of(start)} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use {spelled('base', '16bit')}"
+                f"{tensor.origin_of(start)} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use"
+                f" {spelled('base', '16bit')}"
             )
         yield packed_block
 

@@ -1,4 +1,6 @@
-"""The precision of a model's frozen weights, where the file leaves a choice, and sentences about what packing does to them."""
+"""The precision of a model's frozen weights, where the file leaves a choice, and sentences about what packing does to
+them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Precision:
     def format(self, dtype: str = "bfloat16", *, embedding: bool = False, beside_quantised: bool = False) -> str:
         """Store format of a matrix that a file holds in the dtype `file_dtype`.
 
-        `embedding`: whether it is the embedding or the head; `beside_quantised`: whether the file holds others quantised.
+        `embedding`: whether it is the embedding or the head; `beside_quantised`: whether the file holds others
+        quantised.
         """
         choice = (self.embeddings if embedding else None) or self.base or ("16bit" if beside_quantised else "4bit")
         return "float16" if choice == "16bit" and dtype == "float16" else FORMATS[choice]
@@ -62,7 +65,8 @@ class SourceMatrix(NamedTuple):
 
 
 def check_choice(path: Path, precision: Precision, matrices: Sequence[SourceMatrix]) -> None:
-    """Raise InputError if no matrix of a file can be stored with `precision`: quantised weights are never rounded again.
+    """Raise InputError if no matrix of a file can be stored with `precision`: quantised weights are never rounded
+    again.
 
     `path` is the file's or its directory's, for the error.
     """
@@ -73,8 +77,8 @@ def check_choice(path: Path, precision: Precision, matrices: Sequence[SourceMatr
         if not any(bits(matrix.entry) == value for matrix in concerned):
             kinds = ", ".join(dict.fromkeys(matrix.file_dtype for matrix in concerned))
             raise InputError(
-                f"{path}: {spelled(option)} {value}: it holds these weights quantised ({kinds}), and rounding twice loses more than"
-                " once; leave it out to keep their codes, or use the model's 16-bit weights"
+                f"{path}: {spelled(option)} {value}: it holds these weights quantised ({kinds}), and rounding twice"
+                " loses more than once; leave it out to keep their codes, or use the model's 16-bit weights"
             )
 
 

@@ -40,7 +40,9 @@ class StoredTensor:
     """Where a file of the source has a tensor, and how."""
 
     key: str
-    """What the file calls it; of a quantised matrix in safetensors, what it would be called if it were not quantised."""
+    """What the file calls it; of a quantised matrix in safetensors, what it would be called if it were not
+    quantised.
+    """
     dtype: str
     """The type in which the file holds it, under the file's own name."""
     parts: frozenset[str] = frozenset()

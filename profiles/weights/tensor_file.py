@@ -1,5 +1,5 @@
-"""Reads parts of model files into memory of our own: of a file that is mapped, every page that was touched would count as
-this process's. What was read is dropped from the page cache, which a cgroup counts as its processes' memory.
+"""Reads parts of model files into memory of our own: of a file that is mapped, every page that was touched would count
+as this process's. What was read is dropped from the page cache, which a cgroup counts as its processes' memory.
 
 PyTorch is imported only by what returns tensors.
 """
@@ -78,8 +78,8 @@ class FileParts:
             raise InputError(f"{self.path}: {error.strerror} while reading it; check the disk") from error
         if done < len(memory):
             raise InputError(
-                f"{self.path}: it ends at byte {start + done} where {start + len(memory)} is due; it was changed meanwhile, or is"
-                " truncated: download it again"
+                f"{self.path}: it ends at byte {start + done} where {start + len(memory)} is due; it was changed"
+                " meanwhile, or is truncated: download it again"
             )
 
     def chunks(self, start: int, size: int) -> Iterator[memoryview]:
@@ -106,7 +106,9 @@ class TensorFile:
             raise InputError(f"{path}: not a readable safetensors file ({reason}); {advice}") from error
 
     def _read_header(self, header: Mapping[str, Any]) -> None:
-        """Check the header against the file as the safetensors package does: no tensor overlaps another, no byte is left."""
+        """Check the header against the file as the safetensors package does: no tensor overlaps another, no byte is
+        left.
+        """
         start = end = 8 + len(self.header)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         for name, entry in entries:

@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 UNNAMED_BASE = (
-    "name this GGUF file as their base, since it does not say which model it was made of; PEFT's AutoPeftModel cannot open"
-    " one: load that model yourself and give PeftModel.from_pretrained the adapter's folder"
+    "name this GGUF file as their base, since it does not say which model it was made of; PEFT's AutoPeftModel cannot"
+    " open one: load that model yourself and give PeftModel.from_pretrained the adapter's folder"
 )
 
 
@@ -66,7 +66,10 @@ def profile_text(profile: Profile) -> RenderableType:
         *([("adapter", adapter_words(facts["lora"]))] if "rank" in (facts["lora"] or {}) else []),
         (
             "trainables",
-            f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] + facts['state_bytes'])}",
+            (
+                f"{format_size(facts['trainable_bytes'])}, with optimizer state"
+                f" {format_size(facts['trainable_bytes'] + facts['state_bytes'])}"
+            ),
         ),
         (
             "arithmetic",
@@ -74,7 +77,10 @@ def profile_text(profile: Profile) -> RenderableType:
         ),
         (
             words.elsewhere,
-            f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",
+            (
+                f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes"
+                f" {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s"
+            ),
         ),
         ("floor", f"{format_size(facts['floor_bytes'])}: {words.floor} before any model is loaded"),
     ]

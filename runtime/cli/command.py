@@ -1,4 +1,6 @@
-"""What all commands have in common: which options their help shows, how messages name them, and advice on unknown ones."""
+"""What all commands have in common: which options their help shows, how messages name them, and advice on unknown
+ones.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Command(TyperCommand):
 
     @contextmanager
     def hinting(self) -> Iterator[None]:
-        """While entered, the error about an unknown option says what tightfit calls it, if it is one of other trainers."""
+        """While entered, the error about an unknown option says what tightfit calls it, if it is one of other
+        trainers.
+        """
         try:
             yield
         except Exception as error:

@@ -34,7 +34,10 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="solver and fixed rules to compare; default: the solver and every exact rule that applies to the profile.",
+            help=(
+                "solver and fixed rules to compare; default: the solver and every exact rule that applies to the"
+                " profile."
+            ),
         ),
         PRIMARY,
     ] = None,
@@ -42,7 +45,10 @@ def compare(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
+            help=(
+                "own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe"
+                " them: times estimated from the profile's FLOPs and bytes."
+            ),
         ),
         PRIMARY,
     ] = "own",

@@ -36,9 +36,8 @@ def read_options(path: Path, context: Any) -> dict[str, Any]:
         if OTHER_NAMES.get(key, key) in FOR_ONE_CALL:
             raise InputError(f"{path}: {name}: this is said on the command line, not in a file; leave it out")
         if key not in known:
-            raise InputError(
-                f"{path}: {name}: no option of `{context.command_path}`{hint(key, {name: name for name in known if name not in FOR_ONE_CALL}, near=True)}"
-            )
+            settable = {name: name for name in known if name not in FOR_ONE_CALL}
+            raise InputError(f"{path}: {name}: no option of `{context.command_path}`{hint(key, settable, near=True)}")
         parameter = known[key]
         if parameter.name in values:
             raise InputError(f"{path}: {name}: given twice")
@@ -92,7 +91,8 @@ def write_options(path: Path, options: Mapping[str, Any], comment: str) -> None:
     """
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN):
         raise InputError(
-            f"{path} is not by tightfit, which writes the options that a run used under this name; move it away, or choose another output directory"
+            f"{path} is not by tightfit, which writes the options that a run used under this name; move it away, or"
+            " choose another output directory"
         )
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in options.items()]
     write_whole(path, WRITTEN + f"# {comment}\n\n" + "".join(lines))

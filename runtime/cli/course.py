@@ -1,8 +1,8 @@
 """How far `tightfit train` has come, as a file in the output folder: each stage is a program of its own in one process.
 
-What a stage has loaded is gone when the next one begins, since the process becomes a new program (exec); its number, its
-terminal and the lock on the folder stay. So a small device holds no planner while it measures, and nothing but a supervisor beside a
-rehearsal.
+What a stage has loaded is gone when the next one begins, since the process becomes a new program (exec); its number,
+its terminal and the lock on the folder stay. So a small device holds no planner while it measures, and nothing but a
+supervisor beside a rehearsal.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Course(BaseModel):
     others: tuple[float, float | None] | None = None
     """fields of the `OtherPrograms` that was made when it began"""
     stage_bytes: dict[str, tuple[int | None, int]] = {}
-    """what a stage does -> bytes that it was predicted to hold, if that was predicted, and that it has held, its workers included"""
+    """what a stage does -> bytes that it was predicted to hold, if that was predicted, and that it has held, its
+    workers included
+    """
 
     @classmethod
     def read(cls, output: Path) -> Course:

@@ -1,4 +1,6 @@
-"""A service that makes bundles for this machine and plans for it: what it was asked for is kept in the cache and not asked for again."""
+"""A service that makes bundles for this machine and plans for it: what it was asked for is kept in the cache and not
+asked for again.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ class Elsewhere:
         self._url, self._certificate, self._force, self._report = url, certificate, force, report
 
     def bundle(self, model: str, options: ProfileOptions) -> Path | None:
-        """The folder of a bundle of the model with the step that the options ask for. None where the model is code of one's own, and where
-        it or an option is a bundle.
+        """The folder of a bundle of the model with the step that the options ask for. None where the model is code of
+        one's own, and where it or an option is a bundle.
         """
         return self._bundle(model, options, any_step=False)
 

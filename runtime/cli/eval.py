@@ -1,4 +1,6 @@
-"""The command ``tightfit eval``: the loss of a plan's model on held-out data, under the plan's cap, without training."""
+"""The command ``tightfit eval``: the loss of a plan's model on held-out data, under the plan's cap, without
+training.
+"""
 
 from __future__ import annotations
 

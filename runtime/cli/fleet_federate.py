@@ -182,14 +182,16 @@ def _existing(path: str) -> str:
 
 
 def _meeting(fleet: SplitPlan, meet: str | None, host: str, *, local: bool) -> tuple[str, int]:
-    """Address and first port of the server's runs in split rounds. Raises InputError where devices could not reach them."""
+    """Address and first port of the server's runs in split rounds. Raises InputError where devices could not reach
+    them.
+    """
     from tightfit.planner.fleet.parts import PORT
     from tightfit.runtime.session.fleet import address_of
 
     if not fleet.server.measured:
         raise InputError(
-            f"the server's times are estimated for {fleet.server.device}, not measured; profile on the server itself and plan"
-            " again"
+            f"the server's times are estimated for {fleet.server.device}, not measured; profile on the server itself"
+            " and plan again"
         )
     if meet is None and host in ("0.0.0.0", "::"):  # noqa: S104  compared, not bound
         raise InputError(f"--host {host} is no address that devices reach; give the server's own with --meet HOST")
@@ -207,8 +209,8 @@ def _device(
     truncate: bool,
     cgroup: bool,
 ) -> DeviceSettings:
-    """The settings of a device that reaches the server at the host `server`. Raises InputError for one that takes no part
-    in the plan, or was not measured.
+    """The settings of a device that reaches the server at the host `server`. Raises InputError for one that takes no
+    part in the plan, or was not measured.
     """
     from tightfit.planner.fleet.io import fleet_path, load_member_plan
     from tightfit.runtime.federated.device import DeviceSettings
@@ -217,8 +219,8 @@ def _device(
     member = next(member for member in fleet.members if member.name == name)
     if not member.measured:
         raise InputError(
-            f"member {name!r}: its times are estimated for {member.device}, not measured; profile on the device itself and"
-            " plan again"
+            f"member {name!r}: its times are estimated for {member.device}, not measured; profile on the device itself"
+            " and plan again"
         )
     data_path = data.replace(MEMBER, name)
     device = DeviceSettings(
@@ -241,7 +243,8 @@ def _joining(names: list[str], port: int, tls: bool) -> str:
     """The commands with which devices join."""
     trust = "--root-certificates ca.crt" if tls else "--insecure"
     return "\n".join(
-        f"  tightfit fleet federate join FOLDER --member {shlex.quote(name)} --superlink HOST:{port} {trust} --data DATA -o WORK"
+        f"  tightfit fleet federate join FOLDER --member {shlex.quote(name)} --superlink HOST:{port} {trust} --data"
+        " DATA -o WORK"
         for name in names
     )
 

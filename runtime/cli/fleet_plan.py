@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from tightfit.planner.fleet.schema import AnyFleet, AnyRounds
     from tightfit.planner.schema import Plan
 
-DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it. For federated rounds it names `steps = 64`, the local steps of a
-round of all devices together, instead of micro_batches, and memory is for Flower's part too; with a table [server] (profile,
-memory, link) the server computes the upper layers, so that devices hold the lower ones alone, and devices may have a weight.
+DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it. For federated rounds it names `steps = 64`, the
+local steps of a round of all devices together, instead of micro_batches, and memory is for Flower's part too; with a
+table [server] (profile, memory, link) the server computes the upper layers, so that devices hold the lower ones alone,
+and devices may have a weight.
 
 \b
 micro_batches = 16
@@ -64,10 +65,13 @@ def plan(
         str,
         typer.Option(
             metavar="KIND",
-            help="data: every device has the whole model and some of the micro-batches. pipeline: some of the layers and all"
-            " micro-batches. mobillm: a device and a server after it, which trains a side network from what the device's forward"
-            " sends. federated: rounds of devices that come and go, each with data of its own. auto: federated for a"
-            " description of rounds; else data, unless no device can hold a micro-batch or a pipeline is shorter.",
+            help=(
+                "data: every device has the whole model and some of the micro-batches. pipeline: some of the layers and"
+                " all micro-batches. mobillm: a device and a server after it, which trains a side network from what the"
+                " device's forward sends. federated: rounds of devices that come and go, each with data of its own."
+                " auto: federated for a description of rounds; else data, unless no device can hold a micro-batch or a"
+                " pipeline is shorter."
+            ),
         ),
         PRIMARY,
     ] = "auto",
@@ -75,15 +79,18 @@ def plan(
         int | None,
         typer.Option(
             metavar="BITS",
-            help="Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8 (default), 4 or 0.",
+            help=(
+                "Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8"
+                " (default), 4 or 0."
+            ),
         ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Share the micro-batches of a step, the layers of the model, or the steps of a round, among devices, and plan each one's
-    part, so that a step or a round is as short as can be.
+    """Share the micro-batches of a step, the layers of the model, or the steps of a round, among devices, and plan each
+    one's part, so that a step or a round is as short as can be.
     """
     if kind not in KINDS:
         raise InputError(f"--kind {kind!r}: it should be {', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}")

@@ -30,7 +30,9 @@ FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 MODULE, MOBILLM = "tightfit.runtime.cli.main", "mobillm"
 POLL_SECONDS = 0.5
 UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
-"""files of a member: in its folder one with a line for each update, and its report; beside the folder, with this ending, its output"""
+"""files of a member: in its folder one with a line for each update, and its report; beside the folder, with this
+ending, its output
+"""
 
 
 @with_options(RunOptions, "eval_every", "keep_best", "early_stopping", "adapter")
@@ -83,8 +85,8 @@ def run(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what (unless a pipeline's
-    messages are rounded).
+    """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what (unless a
+    pipeline's messages are rounded).
     """
     run_options = read(RunOptions, options, out=output, resume=resume, overwrite=overwrite, cgroup=cgroup)
     run_options.check_end()
@@ -124,14 +126,19 @@ def run(
 
 
 def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
-    """The commands that run each member on a device of its own, with the address at which they meet; "" for a single member."""
+    """The commands that run each member on a device of its own, with the address at which they meet; "" for a single
+    member.
+    """
     from tightfit.planner.fleet.parts import listener, member_commands
 
     commands = member_commands(fleet, str(folder))
     if not commands:
         return ""
     listening = fleet.chain[listener(fleet)].name
-    meeting = f"on each device, with all of {folder}; they meet at {listening!r}: HOST is an address of that one, which the others reach"
+    meeting = (
+        f"on each device, with all of {folder}; they meet at {listening!r}: HOST is an address of that one, which the"
+        " others reach"
+    )
     return "\n".join([meeting, *(f"  {command}" for command in commands.values())])
 
 
@@ -139,12 +146,13 @@ def _check_length(fleet: AnyStepFleet, options: RunOptions) -> None:
     """Raise InputError where the fleet cannot train as long as it is asked to."""
     if options.steps is not None and options.steps % fleet.micro_batches:
         raise InputError(
-            f"--steps {options.steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of that"
+            f"--steps {options.steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of"
+            " that"
         )
     if options.epochs is not None and fleet.kind == MOBILLM:
         raise InputError(
-            f"--epochs {options.epochs:g}: the server of a mobillm fleet has no data, and does not know how long an epoch is;"
-            " give --steps"
+            f"--epochs {options.epochs:g}: the server of a mobillm fleet has no data, and does not know how long an"
+            " epoch is; give --steps"
         )
 
 

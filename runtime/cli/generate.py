@@ -28,7 +28,10 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         metavar="SIZE|auto",
-        help="Budget of all processes that live while answers are made: 600MiB, 600MB or plain bytes; auto: what this machine can spare now.",
+        help=(
+            "Budget of all processes that live while answers are made: 600MiB, 600MB or plain bytes; auto: what this"
+            " machine can spare now."
+        ),
     ),
     PRIMARY,
 ]
@@ -60,7 +63,9 @@ def generate(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Answer prompts with MODEL, and an adapter if there is one, within a budget of memory; tokens are printed as they come."""
+    """Answer prompts with MODEL, and an adapter if there is one, within a budget of memory; tokens are printed as they
+    come.
+    """
     from tightfit.runtime.results.generation import read_prompts
 
     if (prompt is None) == (prompts is None):

@@ -45,7 +45,10 @@ from tightfit.runtime.supervision.failure import print_failure
 
 app = typer.Typer(
     name="tightfit",
-    help="Fit training into the memory you have: profile a model, plan its training step for a budget, run the plan under that cap.",
+    help=(
+        "Fit training into the memory you have: profile a model, plan its training step for a budget, run the plan"
+        " under that cap."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -34,14 +34,20 @@ def merge(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="The base: a Hugging Face directory or hub id, or a GGUF file; default: the one that the adapter was trained on.",
+            help=(
+                "The base: a Hugging Face directory or hub id, or a GGUF file; default: the one that the adapter was"
+                " trained on."
+            ),
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="float32, bfloat16 or float16, in GGUF also q8_0; default: what the base has, where that is quantised what its config names, in GGUF q8_0.",
+            help=(
+                "float32, bfloat16 or float16, in GGUF also q8_0; default: what the base has, where that is quantised"
+                " what its config names, in GGUF q8_0."
+            ),
         ),
     ] = None,
     adapter_only: Annotated[

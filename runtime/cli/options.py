@@ -25,8 +25,8 @@ from tightfit.runtime.supervision.printing import answer
 if TYPE_CHECKING:
     from tightfit.planner.service.client import Client
 
-# Help is plain text (`rich_markup_mode=None`). Where typer finds rich, versions before 0.21, which Flower asks for, escape it for
-# rich all the same: `\[default: 1]`.
+# Help is plain text (`rich_markup_mode=None`). Where typer finds rich, versions before 0.21, which Flower asks for,
+# escape it for rich all the same: `\[default: 1]`.
 typer.core.HAS_RICH = False
 
 
@@ -171,9 +171,9 @@ OptionsRecord = TypeVar("OptionsRecord", bound=Options)
 def with_options(
     record: type[Options], *leaving_out: str, after: str | None = None, **defaults: Any
 ) -> Callable[[CommandFunction], CommandFunction]:
-    """Replaces the ``**options`` of a command by the options of a record (`tightfit.profiles.option_fields`), but for the names in
-    `leaving_out`. They come after the parameter `after`, or else after the required ones. Where the command has a parameter of
-    the same name, that one stays; `defaults` replace the record's.
+    """Replaces the ``**options`` of a command by the options of a record (`tightfit.profiles.option_fields`), but for
+    the names in `leaving_out`. They come after the parameter `after`, or else after the required ones. Where the
+    command has a parameter of the same name, that one stays; `defaults` replace the record's.
     """
 
     def decorate(command: CommandFunction) -> CommandFunction:
@@ -194,8 +194,8 @@ def with_options(
 
 
 def _parameter(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
-    """An option of a record as a parameter of a command. A map becomes an option that is given several times, a list one whose
-    value has commas (`read` reads both).
+    """An option of a record as a parameter of a command. A map becomes an option that is given several times, a list
+    one whose value has commas (`read` reads both).
     """
     kinds, extra, annotated = types_of(field.annotation), extras(field), cast("Any", Annotated)
     kind: Any = next((plain for plain in (str, Path) if plain in kinds), kinds[0])
@@ -212,7 +212,9 @@ def _parameter(name: str, field: FieldInfo, default: Any) -> inspect.Parameter:
 
 
 def read(record: type[OptionsRecord], parameters: Mapping[str, Any], **others: Any) -> OptionsRecord:
-    """A record made of the `parameters` of a command and of `others`. Raises InputError for a value that cannot be used."""
+    """A record made of the `parameters` of a command and of `others`. Raises InputError for a value that cannot be
+    used.
+    """
     values: dict[str, Any] = {}
     for name, field in options_of(record).items():
         if name not in parameters:
@@ -227,7 +229,9 @@ def read(record: type[OptionsRecord], parameters: Mapping[str, Any], **others: A
 
 
 def _map_entries(option: str, words: Sequence[str], kind: Callable[[str], Any]) -> dict[str, Any]:
-    """A map from words such as ``PATTERN=NUMBER``, once or often, or ``NAME=TEXT,NAME=TEXT``. Raises InputError for others."""
+    """A map from words such as ``PATTERN=NUMBER``, once or often, or ``NAME=TEXT,NAME=TEXT``. Raises InputError for
+    others.
+    """
     entries: dict[str, Any] = {}
     for word in (part for text in words for part in (text.split(",") if kind is str else [text])):
         name, equals, value = word.rpartition("=")

@@ -107,14 +107,16 @@ NEEDLESS = {
     "use_lora": "LoRA pairs are what is trained; leave it out",
     "use_peft": "LoRA pairs are what is trained; leave it out",
 }
-"""option of other trainers that tightfit needs no counterpart of -> advice; options of tightfit in backquotes, by their keys"""
+"""option of other trainers that tightfit needs no counterpart of -> advice; options of tightfit in backquotes, by their
+keys
+"""
 STAGES: Mapping[str, type[Options]] = {"profile": ProfileOptions, "plan": PlanOptions, "run": RunOptions}
 """command: the record whose options it takes"""
 
 
 def hint(name: str, spellings: Mapping[str, str], *, near: bool) -> str:
-    """The end of a message about an unknown option `name`, beginning with ``; ``: what tightfit calls it, which command has it, or, if
-    `near`, which one is most like it. Empty if nothing is known about it.
+    """The end of a message about an unknown option `name`, beginning with ``; ``: what tightfit calls it, which command
+    has it, or, if `near`, which one is most like it. Empty if nothing is known about it.
 
     `spellings` are the known options by their keys, as they are written where the unknown one stands.
     """

@@ -1,7 +1,7 @@
 """What a command itself holds in each of its phases, beside the processes that it starts: known before a phase begins.
 
-Each figure is what Python, pydantic and the modules of a phase take once they are imported, and how much the files that it reads become as
-Python's objects. Planning counts for itself (`tightfit.planner.solve.planning_memory`).
+Each figure is what Python, pydantic and the modules of a phase take once they are imported, and how much the files that
+it reads become as Python's objects. Planning counts for itself (`tightfit.planner.solve.planning_memory`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ INSTEAD = "end other programs, or give more memory"
 
 
 def expect_phase(doing: str, phase: str, files: Iterable[Path]) -> None:
-    """Note what this process is going to hold while it is `doing` a phase in which it reads these files. Raises InputError where that is
-    not free.
+    """Note what this process is going to hold while it is `doing` a phase in which it reads these files. Raises
+    InputError where that is not free.
     """
     whole = LOADED_BYTES[phase] + BYTES_PER_JSON[phase] * sum(file.stat().st_size for file in files if file.exists())
     expect(doing, whole - memory().resident, INSTEAD)

@@ -60,7 +60,10 @@ def plan(
         bool,
         typer.Option(
             "--what-if/--no-what-if",
-            help="Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory is worth.",
+            help=(
+                "Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory"
+                " is worth."
+            ),
         ),
     ] = False,
     smaller: Annotated[
@@ -69,8 +72,10 @@ def plan(
             min=0,
             max=MOST_SMALLER,
             metavar="NUMBER",
-            help="Also make so many plans for smaller budgets, down to the smallest: where less memory is free later, `tightfit train"
-            " --resume --memory auto` takes one of them.",
+            help=(
+                "Also make so many plans for smaller budgets, down to the smallest: where less memory is free later,"
+                " `tightfit train --resume --memory auto` takes one of them."
+            ),
         ),
     ] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written."), PRIMARY] = Path(
@@ -153,9 +158,11 @@ def plan_smaller(
     certificate: Path | None,
     console: Console,
 ) -> None:
-    """Make plans for `number` smaller budgets, down to the smallest, in the folder `smaller_folder` of the plan in `output`.
+    """Make plans for `number` smaller budgets, down to the smallest, in the folder `smaller_folder` of the plan in
+    `output`.
 
-    They are made one after the other and share what is known of the step; corrections that rehearsals have taught count.
+    They are made one after the other and share what is known of the step; corrections that rehearsals have taught
+    count.
     """
     from tightfit.planner.io import save_plan
     from tightfit.profiles.learned import corrected, figures_id, load_learned
@@ -175,6 +182,7 @@ def plan_smaller(
 
             def make(budget: int) -> Plan:
                 return planner.plan(budget, policy=options.policy, time_limit=options.time_limit, gap=options.gap)
+
         else:
             client = stack.enter_context(service(server, certificate))
 
@@ -223,7 +231,9 @@ def check_planning(profile: Profile, budget: int, options: PlanOptions) -> None:
 
 
 def _run_next(plan: Plan, path: Path) -> str:
-    """The end of a line, which says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated times)."""
+    """The end of a line, which says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated
+    times).
+    """
     if plan.model.is_bare_graph or plan.device.kind != "cpu" or not plan.device.measured:
         return ""
     data = "random" if plan.model.kind == "module" else "FILE.jsonl"

@@ -36,8 +36,8 @@ def prepare(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Make a bundle of MODEL, a folder with the traced training step and the traced answers, which is copied to a small device: with it
-    `tightfit train`, `generate` and `chat` need neither transformers nor the memory of tracing.
+    """Make a bundle of MODEL, a folder with the traced training step and the traced answers, which is copied to a small
+    device: with it `tightfit train`, `generate` and `chat` need neither transformers nor the memory of tracing.
     """
     prepare_options = read(ProfileOptions, options)
     from tightfit.runtime.cli.terminal import StagesDisplay, messages
@@ -60,8 +60,8 @@ def prepare(
         "answers": bundle.answers.refused is None,
     }
     text = (
-        f"{output}: a bundle of {step.model.name} {'with' if weights else 'without'} its weights, a step of {step.batch} x {step.seq} tokens,"
-        f" {format_size(size)}"
+        f"{output}: a bundle of {step.model.name} {'with' if weights else 'without'} its weights, a step of"
+        f" {step.batch} x {step.seq} tokens, {format_size(size)}"
     )
     answer(summary, text, as_json=as_json)
     if bundle.answers.refused is not None:

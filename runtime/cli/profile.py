@@ -24,7 +24,10 @@ def profile(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face directory or hub id, a GGUF file, a bare config.json (random weights, for sizing) or package.module:factory.",
+            help=(
+                "A Hugging Face directory or hub id, a GGUF file, a bare config.json (random weights, for sizing) or"
+                " package.module:factory."
+            ),
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written."), PRIMARY] = Path(

@@ -45,7 +45,10 @@ def run(
         str,
         typer.Option(
             metavar="DIR|FILE|random",
-            help="Training data: JSON lines, CSV, Parquet or a folder of the library datasets; random: made-up tokens, for sizing, or a module's sample batch.",
+            help=(
+                "Training data: JSON lines, CSV, Parquet or a folder of the library datasets; random: made-up tokens,"
+                " for sizing, or a module's sample batch."
+            ),
         ),
     ],
     output: Annotated[
@@ -85,7 +88,8 @@ def run(
 
     if plan.is_dir():
         raise InputError(
-            f"{plan} is a folder, not a plan.json; where it is the plan of a fleet, `tightfit fleet run {plan} ...` runs it"
+            f"{plan} is a folder, not a plan.json; where it is the plan of a fleet, `tightfit fleet run {plan} ...`"
+            " runs it"
         )
     if context.obj:
         expect_phase(PREPARED_RUN, PREPARING, [plan])
@@ -109,7 +113,8 @@ def carry_out(
 ) -> None:
     """Run a plan, or the plan of one member of a fleet, and print its report; raises typer.Exit with the run's code.
 
-    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what was done `earlier`.
+    With `replace` this process may become the run's supervisor. With `as_json` the report is printed beside what was
+    done `earlier`.
     """
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.progress import TrainingProgress
@@ -146,8 +151,8 @@ def hand_on(
     earlier: Earlier = NOTHING,
     then: list[str] | None = None,
 ) -> NoReturn:
-    """Start the supervisor of an order that is prepared, in the place of this process with `replace`; raises typer.Exit with
-    its code. `output` is where the result of an evaluation goes besides, `earlier` as in `carry_out`, `then` as in
+    """Start the supervisor of an order that is prepared, in the place of this process with `replace`; raises typer.Exit
+    with its code. `output` is where the result of an evaluation goes besides, `earlier` as in `carry_out`, `then` as in
     `SupervisorSettings`.
     """
     from tightfit.runtime.engine.device.resident import memory

@@ -1,8 +1,9 @@
 """The command ``tightfit train``: profiles a model, plans its step and runs the plan, in one go.
 
 Each stage is the command of that name, called with the options that it declares itself: an option that one of them gets
-is an option of ``train`` too, with the same name, default, help and checks. From the command line each is a program of its own
-(`tightfit.runtime.cli.course`), and the last one is ``tightfit run``: what a stage has loaded is gone when the next begins.
+is an option of ``train`` too, with the same name, default, help and checks. From the command line each is a program of
+its own (`tightfit.runtime.cli.course`), and the last one is ``tightfit run``: what a stage has loaded is gone when the
+next begins.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ def train(
         str,
         typer.Option(
             metavar="SIZE|auto",
-            help="Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes; auto: what this machine can spare now.",
+            help=(
+                "Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes; auto: what this"
+                " machine can spare now."
+            ),
             rich_help_panel=MEMORY,
         ),
         PRIMARY,

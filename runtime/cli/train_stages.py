@@ -1,5 +1,5 @@
-"""The stages of ``tightfit train`` before its run: they read the data, measure, plan, rehearse, and leave what the run needs in the
-output folder.
+"""The stages of ``tightfit train`` before its run: they read the data, measure, plan, rehearse, and leave what the run
+needs in the output folder.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def options_of_command(function: Callable[..., Any], values: Mapping[str, Any]) 
 
 
 class TrainStages:
-    """The stages before the run: they leave profile.json, plan.json and config.toml in the output folder, which is locked."""
+    """The stages before the run: they leave profile.json, plan.json and config.toml in the output folder, which is
+    locked.
+    """
 
     def __init__(
         self, context: typer.Context, values: dict[str, Any], course: Course, tokens: Path, console: Console
@@ -148,7 +150,8 @@ class TrainStages:
         write_options(
             output / CONFIG,
             settings,
-            "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins with it.",
+            "`tightfit train --resume -o FOLDER` goes on from it, `tightfit train --config FILE -o OTHER` begins"
+            " with it.",
         )
         if measured is None:
             return MEASURE
@@ -308,8 +311,9 @@ def _budget(memory: str, console: Console, *, resume: bool, own: int) -> int:
 
 
 def _length(values: Mapping[str, Any], budget: int, tokens: Path, console: Console) -> int | None:
-    """Tokens of a sequence: as many as were asked for, or what the data need. The data are read and checked either way, and kept in the
-    folder `tokens`. A module, whose batches have their shape, has no sequence, and profiling refuses one that is asked for.
+    """Tokens of a sequence: as many as were asked for, or what the data need. The data are read and checked either way,
+    and kept in the folder `tokens`. A module, whose batches have their shape, has no sequence, and profiling refuses
+    one that is asked for.
 
     Raises InputError if there are no such data.
     """
@@ -386,8 +390,8 @@ def _earlier_results(
 
 
 def _fitting_plan(output: Path, budget: int) -> Plan | None:
-    """Of the plans that an earlier call has left in the folder, that of the largest budget which is at most `budget`, now as the
-    folder's plan; None where there is none, or no choice.
+    """Of the plans that an earlier call has left in the folder, that of the largest budget which is at most `budget`,
+    now as the folder's plan; None where there is none, or no choice.
     """
     from tightfit.planner.io import load_plan, save_plan
 

@@ -10,8 +10,8 @@ STAT = Path("/proc/stat")
 
 
 def busy_seconds(cores: Collection[int], stat: Path = STAT) -> float | None:
-    """CPU seconds that these cores, by their numbers, were at work since boot, time stolen by a host included; None where
-    the system does not tell.
+    """CPU seconds that these cores, by their numbers, were at work since boot, time stolen by a host included; None
+    where the system does not tell.
     """
     try:
         lines = stat.read_text().splitlines()

@@ -1,5 +1,5 @@
-"""Helpers for files: the cache folder, reading of regular files alone, atomic and complete writes, unnamed files, and messages about
-file versions.
+"""Helpers for files: the cache folder, reading of regular files alone, atomic and complete writes, unnamed files, and
+messages about file versions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def cache_directory() -> Path:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError, whose `strerror` says what it is, for a path that is no regular file: opening a pipe would wait for ever."""
+    """Raise OSError, whose `strerror` says what it is, for a path that is no regular file: opening a pipe would wait
+    for ever.
+    """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -51,7 +53,9 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_whole(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises OSError, for a larger one too, of which nothing is read."""
+    """The content of a regular file of at most `most` bytes. Raises OSError, for a larger one too, of which nothing is
+    read.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most else file.read(most + 1)
@@ -61,7 +65,9 @@ def read_whole(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) ->
 
 
 def kept(path: Path, parse: Callable[[bytes], T]) -> T | None:
-    """What `parse` makes of a file of the cache; None where there is none, or one that it refuses with ValueError, which is removed."""
+    """What `parse` makes of a file of the cache; None where there is none, or one that it refuses with ValueError,
+    which is removed.
+    """
     try:
         return parse(path.read_bytes())
     except FileNotFoundError:
@@ -74,8 +80,8 @@ def kept(path: Path, parse: Callable[[bytes], T]) -> T | None:
 def write_whole(path: str | os.PathLike[str], content: str | bytes, *, mode: int = 0o666) -> Path:
     """Write `content` atomically: a reader of `path` finds the old file or the new one, never a part. Returns `path`.
 
-    `mode`: the file's, before the umask. It is written beside `path`, flushed to disk and renamed. Raises InputError if it cannot be
-    written there, RunError if the disk is full; nothing is left behind then.
+    `mode`: the file's, before the umask. It is written beside `path`, flushed to disk and renamed. Raises InputError if
+    it cannot be written there, RunError if the disk is full; nothing is left behind then.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -165,14 +171,16 @@ def read_all(descriptor: int, memory: memoryview, offset: int) -> int:
 
 
 def forget(descriptor: int, start: int = 0, size: int = 0) -> None:
-    """Drop `size` bytes of a file from `start` on, or all of them, from the page cache, but for what is not written yet."""
+    """Drop `size` bytes of a file from `start` on, or all of them, from the page cache, but for what is not written
+    yet.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 class WriteBehind:
-    """Has a file written to disk, and dropped from the page cache, each time that `most` bytes of it wait there: a cgroup counts them
-    as the memory of the processes that wrote them.
+    """Has a file written to disk, and dropped from the page cache, each time that `most` bytes of it wait there: a
+    cgroup counts them as the memory of the processes that wrote them.
     """
 
     def __init__(self, descriptor: int, most: int = WRITE_BEHIND_BYTES) -> None:

@@ -26,7 +26,9 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def replace_process(words: list[str]) -> NoReturn:
-    """Replace this process by another program, such as that of `command`; its number and what it has open for others stay."""
+    """Replace this process by another program, such as that of `command`; its number and what it has open for others
+    stay.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(words[0], words, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line

@@ -1,4 +1,6 @@
-"""Limits what a process may reserve, and explains memory errors that come of the shell's limits (`ulimit -v`, `ulimit -d`)."""
+"""Limits what a process may reserve, and explains memory errors that come of the shell's limits (`ulimit -v`, `ulimit
+-d`).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ NEARLY = 0.9
 
 @contextmanager
 def allocating(most: int) -> Iterator[None]:
-    """While entered, this process may reserve at most `most` bytes more than it has: beyond that any of its threads gets a MemoryError."""
+    """While entered, this process may reserve at most `most` bytes more than it has: beyond that any of its threads
+    gets a MemoryError.
+    """
     before, highest = resource.getrlimit(resource.RLIMIT_DATA)
     with open("/proc/self/statm") as file:
         bound = int(file.read().split()[5]) * resource.getpagesize() + most

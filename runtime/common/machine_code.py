@@ -1,4 +1,5 @@
-"""Compiles C code on this machine, once, into the cache, and has a fresh process test which functions of the library work.
+"""Compiles C code on this machine, once, into the cache, and has a fresh process test which functions of the library
+work.
 
 Also imported by the budgeted process: the standard library only, and what building needs where it is done.
 """
@@ -52,15 +53,18 @@ def folder(cache: Path) -> Path:
 
 
 def working_functions(path: str) -> list[str]:
-    """The functions of the library at `path` that work, as its test found. Raises OSError if the test's result is gone."""
+    """The functions of the library at `path` that work, as its test found. Raises OSError if the test's result is
+    gone.
+    """
     with open(verdict(path), "rb") as file:
         working: list[str] = json.load(file)
     return working
 
 
 def functions(path: str, prefix: str, arguments: Sequence[Any], among: Collection[str] | None = None) -> dict[str, Any]:
-    """Those functions of the library at `path` that work, by their names without `prefix`, and of these only the ones `among` some if
-    that is given; none if `path` is empty or the file is gone. Each takes `arguments`, types of ctypes, and returns nothing.
+    """Those functions of the library at `path` that work, by their names without `prefix`, and of these only the ones
+    `among` some if that is given; none if `path` is empty or the file is gone. Each takes `arguments`, types of ctypes,
+    and returns nothing.
     """
     if not path:
         return {}

@@ -16,7 +16,9 @@ def in_python(name: str, value: Any = None) -> str:
 
 
 def on_command_line(name: str, value: Any = None) -> str:
-    """An option, or one with a value, as a command line has it: ``--eval-every``, ``--seq 64``, ``--resume``, ``--columns a=b``."""
+    """An option, or one with a value, as a command line has it: ``--eval-every``, ``--seq 64``, ``--resume``,
+    ``--columns a=b``.
+    """
     word = f"--{name.replace('_', '-')}"
     if isinstance(value, dict):
         value = ",".join(f"{key}={item}" for key, item in value.items())

@@ -39,5 +39,6 @@ BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
 """the type in which bfloat16 tensors are multiplied here (`tightfit.runtime.engine.cpu.products`); results depend on
 it"""
 UNUSED_BY_MKL = "avx512f" in features() and "GenuineIntel" not in _field("vendor_id") and "amx_bf16" not in features()
-"""whether MKL, which multiplies float32 tensors for PyTorch, leaves this processor's AVX-512 unused, as it does on other makers'
-processors than Intel's"""
+"""whether MKL, which multiplies float32 tensors for PyTorch, leaves this processor's AVX-512 unused, as it does on
+other makers' processors than Intel's
+"""

@@ -35,7 +35,8 @@ def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"writing to {directory} failed: {error.strerror}; free disk space and {how_to_continue(os.fspath(directory))}"
+            f"writing to {directory} failed: {error.strerror}; free disk space and"
+            f" {how_to_continue(os.fspath(directory))}"
         ) from error
 
 

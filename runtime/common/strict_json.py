@@ -1,7 +1,7 @@
 """Reads JSON from outside, and writes strict JSON, which every parser accepts: no NaN and no infinity.
 
-`from_json` and `read_json` are the one way in for JSON that tightfit has not just written itself; the linter refuses `json.loads`
-elsewhere.
+`from_json` and `read_json` are the one way in for JSON that tightfit has not just written itself; the linter refuses
+`json.loads` elsewhere.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def read_json(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) -> 
 def from_json(text: str | bytes | bytearray, *, strict: bool = False) -> Any:
     """What the JSON in `text` says, in any of JSON's encodings.
 
-    With `strict`, no key may stand twice in an object and no number may be NaN or infinite: of other programs' files these are
-    read as Python reads them. Raises JsonError for what is not JSON, or nested more than `DEEPEST` deep.
+    With `strict`, no key may stand twice in an object and no number may be NaN or infinite: of other programs' files
+    these are read as Python reads them. Raises JsonError for what is not JSON, or nested more than `DEEPEST` deep.
     """
     strictly: dict[str, Any] = (
         {"object_pairs_hook": _once, "parse_constant": _no_number, "parse_float": _finite_number} if strict else {}

@@ -1,7 +1,7 @@
 """What tightfit takes from PyTorch beyond its public interface, and the versions with which all of it was tried.
 
-The tracer and the engine need parts of PyTorch whose names may change without notice. A test compares this list with the code
-(`tests/whole/test_torch_interface.py`), and looks each name up in the PyTorch that is installed.
+The tracer and the engine need parts of PyTorch whose names may change without notice. A test compares this list with
+the code (`tests/whole/test_torch_interface.py`), and looks each name up in the PyTorch that is installed.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def parse_size(text: str) -> int:
 def parse_rate(text: str) -> float:
     """Bytes per second of a rate such as ``100Mbit/s``, ``12.5 MB/s`` or ``12MiB/s``: eight bits are a byte.
 
-    Bytes have a capital B, since ``100Mb/s`` may mean either. Raises InputError, naming the value and the accepted forms, where `text` is anything else, zero or above 2^63 - 1.
+    Bytes have a capital B, since ``100Mb/s`` may mean either. Raises InputError, naming the value and the accepted
+    forms, where `text` is anything else, zero or above 2^63 - 1.
     """
     match = _RATE.fullmatch(text)
     word = match[2] if match else ""

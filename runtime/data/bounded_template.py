@@ -1,9 +1,10 @@
-"""Jinja for strangers' templates: within Jinja's sandbox, and with bounds on the time and the memory that a template takes.
+"""Jinja for strangers' templates: within Jinja's sandbox, and with bounds on the time and the memory that a template
+takes.
 
-A template is a program. Its work is counted in steps before it is done: iterations of loops, calls, and the sizes of what is printed,
-joined and compared. The language is that of published chat templates, without filters, methods and functions whose work cannot be
-predicted from their arguments. A count rather than a clock ends a template, so that the same template and messages always have the
-same result.
+A template is a program. Its work is counted in steps before it is done: iterations of loops, calls, and the sizes of
+what is printed, joined and compared. The language is that of published chat templates, without filters, methods and
+functions whose work cannot be predicted from their arguments. A count rather than a clock ends a template, so that the
+same template and messages always have the same result.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ PER_STEP = 16
 LONGEST = 1 << 20
 """characters of a template"""
 BITS, EXPONENT, DECIMALS, INDENT, LEVELS = 256, 64, 20, 16, 100
-"""limits: bits of a whole number, exponent of a power, decimals of a rounded number, indentation of a text, depth of JSON"""
+"""limits: bits of a whole number, exponent of a power, decimals of a rounded number, indentation of a text, depth of
+JSON
+"""
 FILTERS = (
-    "abs attr capitalize count d default dictsort e escape first float forceescape indent int items join last length list lower map max"
-    " min reject rejectattr replace reverse round safe select selectattr sort string title tojson trim unique upper wordcount"
+    "abs attr capitalize count d default dictsort e escape first float forceescape indent int items join last length"
+    " list lower map max min reject rejectattr replace reverse round safe select selectattr sort string title tojson"
+    " trim unique upper wordcount"
 )
 DEEP = (
     "dictsort",
@@ -74,9 +78,11 @@ COMPARING = (
 METHODS: dict[type, frozenset[str]] = {
     kind: frozenset(names.split(" "))
     for kind, names in {
-        str: "capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace"
-        " istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit"
-        " rstrip split splitlines startswith strip swapcase title upper zfill",
+        str: (
+            "capitalize casefold center count endswith find index isalnum isalpha isascii isdecimal isdigit islower"
+            " isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace"
+            " rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill"
+        ),
         dict: "copy get items keys values",
         list: "copy count index",
         tuple: "count index",
@@ -219,7 +225,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, called, *args, **kwargs)
 
     def _spend_method(self, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count steps for a call of a method of `text`, or of the filter of that name, by the size of what it may make."""
+        """Count steps for a call of a method of `text`, or of the filter of that name, by the size of what it may
+        make.
+        """
         self._spend(1 + (len(text) // 4 if "split" in name else len(text) // PER_STEP))
         if name in ("center", "ljust", "rjust", "zfill"):
             self._spend_characters(max((argument for argument in args if isinstance(argument, int)), default=0))

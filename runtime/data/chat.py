@@ -81,8 +81,8 @@ class ChatTemplate:
             role = message["role"]
             if role not in ROLES and not any(f"{quote}{role}{quote}" in source for quote in "'\""):
                 raise InputError(
-                    f"message {index} has the role {role[:60]!r}; the roles are {', '.join(ROLES)}, and those that the model's chat"
-                    " template names"
+                    f"message {index} has the role {role[:60]!r}; the roles are {', '.join(ROLES)}, and those that the"
+                    " model's chat template names"
                 )
 
     def completion(
@@ -125,7 +125,8 @@ class ChatTemplate:
                 done = end
             elif index == last:
                 raise InputError(
-                    "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
+                    "the model's chat template does not continue its own generation prompt; write prompts as strings"
+                    " instead of messages"
                 )
         return [(part, predicted) for part, predicted in segments if part]
 
@@ -135,7 +136,8 @@ def _compiled(environment: BoundedEnvironment, source: str) -> tuple[str, jinja2
         return source, environment.compiled(source)
     except Exception as error:
         raise InputError(
-            f"the model's chat template is not valid Jinja {_describe_error(error)}; write prompts as strings instead of messages"
+            f"the model's chat template is not valid Jinja {_describe_error(error)}; write prompts as strings instead"
+            " of messages"
         ) from error
 
 

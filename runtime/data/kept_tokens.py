@@ -1,9 +1,10 @@
-"""Samples as tokens in a file, so that data whose longest sample decides on the length of a sequence are tokenised once.
+"""Samples as tokens in a file, so that data whose longest sample decides on the length of a sequence are tokenised
+once.
 
-It begins with the number of tokens that rows may be padded with, the preferred first, and these (int32 each). Then for each
-sample, little-endian: the number of its token sequences (uint32); then for each of them its length (uint32), a
-choice (int32), whether it is the right answer and whether it is a text (a byte each), its token ids (int32), and, unless
-it is a text, a byte for each token: whether it is to be predicted.
+It begins with the number of tokens that rows may be padded with, the preferred first, and these (int32 each). Then for
+each sample, little-endian: the number of its token sequences (uint32); then for each of them its length (uint32), a
+choice (int32), whether it is the right answer and whether it is a text (a byte each), its token ids (int32), and,
+unless it is a text, a byte for each token: whether it is to be predicted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class TokenSequence:
 
     ids: list[int]
     predicted: list[bool] | None
-    """for each token, whether it is to be predicted; None: a text, all of which is, and which may be cut into windows"""
+    """for each token, whether it is to be predicted; None: a text, all of which is, and which may be cut into
+    windows
+    """
     choice: int = -1
     answer: bool = False
 

@@ -47,8 +47,8 @@ class Preparation:
             )
 
     def longest_line(self) -> int | None:
-        """Length in bytes, at least 1, of the longest line that can be tokenised in what is left of the budget now; None
-        once PyTorch is imported.
+        """Length in bytes, at least 1, of the longest line that can be tokenised in what is left of the budget now;
+        None once PyTorch is imported.
         """
         if not held_to_budget():
             return None

@@ -1,8 +1,8 @@
-"""Shows data as a run would read them: which of a sample's tokens are learned, what is cut or refused, how much is padding, and how many
-batches they are.
+"""Shows data as a run would read them: which of a sample's tokens are learned, what is cut or refused, how much is
+padding, and how many batches they are.
 
-Samples go through the same pass that prepares a run's records (`tightfit.runtime.data.tokenization`), and the records become batches
-as in a run; only the beginning of large data is read.
+Samples go through the same pass that prepares a run's records (`tightfit.runtime.data.tokenization`), and the records
+become batches as in a run; only the beginning of large data is read.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Preview:
     evaluation_batches: int = 0
     """batches of an evaluation of what was read"""
     longer: list[tuple[int, int]] = field(default_factory=list)
-    """(a common length below that of the profile, samples that are longer); empty where there are texts, which fill all rows"""
+    """(a common length below that of the profile, samples that are longer); empty where there are texts, which fill all
+    rows
+    """
 
 
 def preview(
@@ -107,7 +109,8 @@ def preview(
     packing: bool = False,
     progress: Read | None = None,
 ) -> Preview:
-    """What a run of a plan of `profile` would make of `data`, which are files of samples; its records are written into `folder`.
+    """What a run of a plan of `profile` would make of `data`, which are files of samples; its records are written into
+    `folder`.
 
     Raises InputError for data that cannot be read at all, and for a model without a tokenizer.
     """
@@ -209,8 +212,8 @@ class _Texts:
 
 
 def _count_batches(shown: Preview, path: Path, profile: Profile, *, packing: bool) -> None:
-    """Say of the records at `path` how many batches they are, in an epoch and in an evaluation, and which share of an epoch's places holds
-    no token.
+    """Say of the records at `path` how many batches they are, in an epoch and in an evaluation, and which share of an
+    epoch's places holds no token.
     """
     preference = profile.model.preference
     with RecordFile.open(path) as records:

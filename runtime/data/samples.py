@@ -1,22 +1,22 @@
 """Reads training and evaluation samples from files of JSON lines and from tables, and checks them one by one.
 
-| line | meaning |
-|---|---|
-| {"text": "..."} | plain text, packed into windows; every token is predicted |
-| {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
-| {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
-| {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt and system |
-| {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two a line apart, and the assistant's |
-| {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
-| {"prompt": ..., "chosen": ..., "rejected": ...} | a pair of answers, for the losses DPO and ORPO; each answer is a string or a list with one message |
+| line | meaning | |---|---| | {"text": "..."} | plain text, packed into windows; every token is predicted | |
+{"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the
+chat template | | {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is
+predicted | | {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt
+and system | | {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two
+a line apart, and the assistant's | | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is
+the right choice or its index | | {"prompt": ..., "chosen": ..., "rejected": ...} | a pair of answers, for the losses
+DPO and ORPO; each answer is a string or a list with one message |
 
-Pairs may also be two conversations {"chosen": [...], "rejected": [...]} that differ in their last message alone: what comes
-before is the prompt, beside which a `prompt` is not read.
+Pairs may also be two conversations {"chosen": [...], "rejected": [...]} that differ in their last message alone: what
+comes before is the prompt, beside which a `prompt` is not read.
 
 Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with
 `tool_calls` needs no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are
 joined. Alpaca's `input` may be left out; `system` may stand beside it, and beside ShareGPT's turns. Files named
-.jsonl.gz are read as they are. A row of a table (`tightfit.runtime.data.tables`) is read as a line with its columns as keys.
+.jsonl.gz are read as they are. A row of a table (`tightfit.runtime.data.tables`) is read as a line with its columns as
+keys.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ CONVERSION = (
 )
 """a program for `python -c` that prints a JSON list as JSON lines"""
 DATA_FORMS = (
-    "data are a .jsonl or .jsonl.gz file, a table (.csv, .tsv, .parquet, .arrow), a directory of such files or of the library"
-    " datasets, or the word random"
+    "data are a .jsonl or .jsonl.gz file, a table (.csv, .tsv, .parquet, .arrow), a directory of such files or of the"
+    " library datasets, or the word random"
 )
 
 
@@ -135,14 +135,14 @@ def data_files(data: str) -> list[Path]:
                 raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_contents_of(path)}")
             if lines and tables:
                 raise InputError(
-                    f"{path}: holds JSON lines ({lines[0].name}) and tables ({tables[0].name}); name the file that is meant, or a"
-                    " folder with one of the two"
+                    f"{path}: holds JSON lines ({lines[0].name}) and tables ({tables[0].name}); name the file that is"
+                    " meant, or a folder with one of the two"
                 )
             for file in entries:
                 if not kind_of(file) and file not in lines and (UNREAD.search(file.name) or _list(file)):
                     raise InputError(
-                        f"{path}: {file.name} would not be read beside {(*lines, *tables)[0].name}; take it out of the folder,"
-                        f" or name the file that is meant: {DATA_FORMS}"
+                        f"{path}: {file.name} would not be read beside {(*lines, *tables)[0].name}; take it out of the"
+                        f" folder, or name the file that is meant: {DATA_FORMS}"
                     )
         except OSError as error:
             raise InputError(_unreadable(Path(error.filename or path), error)) from error
@@ -165,8 +165,8 @@ def checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
 def read_samples(
     file: Path, longest: int | None = None, columns: Mapping[str, str] | None = None
 ) -> Iterator[tuple[int | str, Sample | InputError]]:
-    """Yield (line number from 1, or ``row N``; the sample or an error that says what is wrong with the line); blank lines
-    are skipped. `columns` maps the names of a sample's parts to those in the file.
+    """Yield (line number from 1, or ``row N``; the sample or an error that says what is wrong with the line); blank
+    lines are skipped. `columns` maps the names of a sample's parts to those in the file.
 
     A line of more than `longest` bytes is an error, and no more than that of it is ever in memory. A file that begins
     with a JSON list yields one error and is not read on, since none of its lines would be a sample. Raises InputError
@@ -190,8 +190,8 @@ def read_samples(
                     yield (
                         number,
                         InputError(
-                            f"a line of {size} bytes, and what the run's budget leaves is enough to tokenise one of {longest};"
-                            " write it as several lines, or plan with a larger budget"
+                            f"a line of {size} bytes, and what the run's budget leaves is enough to tokenise one of"
+                            f" {longest}; write it as several lines, or plan with a larger budget"
                         ),
                     )
                     continue
@@ -226,7 +226,10 @@ def _lines(file: Lines, longest: int) -> Iterator[tuple[bytes, int]]:
 
 def _contents_of(directory: Path) -> str:
     """What a directory without JSON lines holds, and how to convert the first file there that can be, in words."""
-    data_forms = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}, or tables (.csv, .tsv, .parquet, .arrow) with such columns"
+    data_forms = (
+        f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}, or tables (.csv, .tsv, .parquet, .arrow)"
+        " with such columns"
+    )
     try:
         entries = sorted(directory.iterdir())
         advice = next(
@@ -343,23 +346,25 @@ def _sample(value: dict[str, Any]) -> Sample:
 
 
 def _form(value: dict[str, Any]) -> str:
-    """The form of a row, a key of `READ_WITH`: the first by which no content is lost. Raises InputError where there is none.
+    """The form of a row, a key of `READ_WITH`: the first by which no content is lost. Raises InputError where there is
+    none.
 
-    A part of another form is no loss if it repeats what is read, as in data sets with a column for each form, nor is the "text" that
-    Alpaca makes of a whole sample.
+    A part of another form is no loss if it repeats what is read, as in data sets with a column for each form, nor is
+    the "text" that Alpaca makes of a whole sample.
     """
     forms = [form for form in READ_WITH if form in value or (form == "chosen" and "rejected" in value)]
     if not forms:
         raise InputError(
-            f"unknown keys ({_keys(value)}); write {FORMS}, or say which keys are the parts: {spelled('columns', EXAMPLE)}"
+            f"unknown keys ({_keys(value)}); write {FORMS}, or say which keys are the parts:"
+            f" {spelled('columns', EXAMPLE)}"
         )
     present = [name for name in PARTS if not _left_out(value.get(name))]
     forms = [form for form in forms if form in present] or forms[:1]
     unread_parts = [next(_unread_parts(value, form, present), None) for form in forms]
     if None not in unread_parts:
         raise InputError(
-            f'"{forms[0]}" and "{unread_parts[0]}" in one row, of which only the first would be read; leave one out, or say which parts are'
-            f" meant: {spelled('columns', {forms[0]: forms[0]})}"
+            f'"{forms[0]}" and "{unread_parts[0]}" in one row, of which only the first would be read; leave one out, or'
+            f" say which parts are meant: {spelled('columns', {forms[0]: forms[0]})}"
         )
     return forms[unread_parts.index(None)]
 

@@ -15,8 +15,9 @@ from tightfit.runtime.data.tokenizing import longest_samples
 from tightfit.runtime.engine.training.records import RecordFile
 
 STEP = 32
-"""The length is a multiple of this: kernels work on blocks of 16 or 32 rows, and a profile in the cache then serves data
-that are a little longer or shorter as well."""
+"""The length is a multiple of this: kernels work on blocks of 16 or 32 rows, and a profile in the cache then serves
+data that are a little longer or shorter as well.
+"""
 MOST = 2048
 """The longest that is chosen unasked: every row takes as much memory and time as the longest sample."""
 MADE_UP = 256
@@ -45,10 +46,10 @@ def choose_seq(
 ) -> tuple[int, str]:
     """(tokens of a sequence, in words why) for a language model, its training data and its held-out data.
 
-    That is `seq` if it is given, else the longest sample, rounded up to a multiple of `STEP`, and at most `MOST` and what the model
-    was made for.
-    Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a line that could not be
-    tokenised within the run's `budget` in bytes is refused. `columns` and `pairs` are as for `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
+    That is `seq` if it is given, else the longest sample, rounded up to a multiple of `STEP`, and at most `MOST` and
+    what the model was made for. Longer samples are cut if `truncate`, and otherwise an error that says how to go on; a
+    line that could not be tokenised within the run's `budget` in bytes is refused. `columns` and `pairs` are as for
+    `tightfit.runtime.data.tokenization.prepare`. `stages(what, done, total)` is called now and then. `keep` is a folder
     in which the samples are kept as tokens (`tokens_file`), so that the run need not tokenise them again. Raises
     InputError and CapError as `tightfit.runtime.data.tokenization.prepare` does.
     """

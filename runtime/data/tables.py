@@ -1,9 +1,9 @@
 """Reads samples from tables: CSV, Parquet, and Arrow files such as those of a folder of the library datasets.
 
-A column has one part of every sample, under the names of `tightfit.runtime.data.samples` or those that the caller gives.
-One row is in memory at a time, of Parquet some rows, of Arrow a record batch, and what reading them may take is bounded: a
-small file can claim or unfold to any size. Where a cell has to hold a list (messages,
-choices, tools), it may hold its JSON.
+A column has one part of every sample, under the names of `tightfit.runtime.data.samples` or those that the caller
+gives. One row is in memory at a time, of Parquet some rows, of Arrow a record batch, and what reading them may take is
+bounded: a small file can claim or unfold to any size. Where a cell has to hold a list (messages, choices, tools), it
+may hold its JSON.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ ROWS = 64
 STREAM_BYTES = 1 << 16
 """of a Parquet file's columns that are read at a time"""
 READ_BYTES, LEAST_READ_BYTES = 1 << 30, 1 << 26
-"""of memory that reading some rows of Parquet or a batch of Arrow may take, where the caller sets no limit to a row; the least"""
+"""of memory that reading some rows of Parquet or a batch of Arrow may take, where the caller sets no limit to a row;
+the least
+"""
 
 Row = dict[str, Any]
 Lines = gzip.GzipFile | BinaryIO
@@ -171,8 +173,8 @@ def _parts(row: Row) -> Row:
 
 def _too_long(size: int, longest: int) -> InputError:
     return InputError(
-        f"a row of {size} bytes, and what the run's budget leaves is enough to tokenise one of {longest}; write it as several"
-        " rows, or plan with a larger budget"
+        f"a row of {size} bytes, and what the run's budget leaves is enough to tokenise one of {longest}; write it as"
+        " several rows, or plan with a larger budget"
     )
 
 
@@ -205,8 +207,8 @@ def _csv_rows(
                     yield row_line, {name: fields[index] for name, index in index_of.items()}
         except csv.Error as error:
             raise InputError(
-                f"{file}:{reader.line_num}: not CSV ({error}); fields with commas, quotes or line ends stand in quotes, and"
-                " quotes in them are written twice"
+                f"{file}:{reader.line_num}: not CSV ({error}); fields with commas, quotes or line ends stand in quotes,"
+                " and quotes in them are written twice"
             ) from error
 
 
@@ -264,8 +266,8 @@ def _arrow_rows(
                     yield f"row {number}", {name: row[column] for name, column in column_of.items()}
     except MemoryError as error:
         raise InputError(
-            f"{file}: to read on after row {number} takes more than the {format_size(most)} of memory that reading may take; write it"
-            " in shorter rows and smaller row groups or batches, or plan with a larger budget"
+            f"{file}: to read on after row {number} takes more than the {format_size(most)} of memory that reading may"
+            " take; write it in shorter rows and smaller row groups or batches, or plan with a larger budget"
         ) from error
     except (arrow.ArrowException, OSError) as error:
         after = f"after row {number}, " if number else ""

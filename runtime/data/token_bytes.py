@@ -18,8 +18,8 @@ def token_bytes(vocabulary: Vocabulary, vocab_size: int, *, special: bool = Fals
     """(bytes of each of the model's `vocab_size` tokens, what a text does not begin with: `NO_SPACE`, `ONE_SPACE` or
     `SPACES_OF_FIRST`).
 
-    Special tokens have none, as where they are skipped in decoding, or with `special` their names. Raises InputError for a tokenizer whose decoder is neither byte-level nor that of
-    SentencePiece.
+    Special tokens have none, as where they are skipped in decoding, or with `special` their names. Raises InputError
+    for a tokenizer whose decoder is neither byte-level nor that of SentencePiece.
     """
     decoder = vocabulary.tokenizer.decoder
     steps = _steps(None if decoder is None else json.loads(decoder.__getstate__()))  # noqa: TID251  written by the library
@@ -46,8 +46,8 @@ def token_bytes(vocabulary: Vocabulary, vocab_size: int, *, special: bool = Fals
 
     else:
         raise InputError(
-            f"the tokenizer decodes with {', '.join(kinds) or 'nothing'}, which tightfit cannot show token by token; merge the"
-            " adapter and generate with llama.cpp or transformers"
+            f"the tokenizer decodes with {', '.join(kinds) or 'nothing'}, which tightfit cannot show token by token;"
+            " merge the adapter and generate with llama.cpp or transformers"
         )
     added = vocabulary.tokenizer.get_added_tokens_decoder()
 

@@ -83,16 +83,16 @@ def prepare(
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
-    `data` is a file or directory of samples (`tightfit.runtime.data.samples`), ``random`` (tokens drawn with `seed`, for
-    sizing), or a record file that was prepared before, which is copied. `columns` maps the names of a sample's parts to
-    those in the data.
-    With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
-    choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
-    as far as nothing there is predicted, then at the end. With `pairs` the samples have to be pairs of answers, and become two
-    records each; `warn` is called with what is odd about them all, in words. `progress(samples)` is called after each sample with their
-    number so far. `preparation` limits the length of lines and checks this process's memory. `kept` is a file of these data
-    as tokens (`tightfit.runtime.data.kept_tokens`), which is read in their stead, and for which there need be no vocabulary. `positions` are those that the model was made
-    for, None if that is unknown.
+    `data` is a file or directory of samples (`tightfit.runtime.data.samples`), ``random`` (tokens drawn with `seed`,
+    for sizing), or a record file that was prepared before, which is copied. `columns` maps the names of a sample's
+    parts to those in the data. With the purpose "train" a question becomes one record with its right answer, with
+    "evaluate" a record for each choice. A sample of more than `seq` positions is refused or, if `too_long` is
+    "truncate", cut: first at the front, as far as nothing there is predicted, then at the end. With `pairs` the samples
+    have to be pairs of answers, and become two records each; `warn` is called with what is odd about them all, in
+    words. `progress(samples)` is called after each sample with their number so far. `preparation` limits the length of
+    lines and checks this process's memory. `kept` is a file of these data as tokens
+    (`tightfit.runtime.data.kept_tokens`), which is read in their stead, and for which there need be no vocabulary.
+    `positions` are those that the model was made for, None if that is unknown.
 
     Raises InputError, which names the bad lines (at most `REPORTED_LINES`) and counts the rest, RunError if the disk is
     full, and CapError if `preparation` does.
@@ -114,21 +114,24 @@ def prepare(
                 samples.run(data_files(data), progress, preparation, checked_columns(columns))
             if samples.equal and warn:
                 warn(
-                    f"in {samples.equal} of {samples.example} pairs of {data} the chosen answer and the rejected one are equal: nothing"
-                    " is learned from comparing them"
+                    f"in {samples.equal} of {samples.example} pairs of {data} the chosen answer and the rejected one"
+                    " are equal: nothing is learned from comparing them"
                 )
     return RecordFile.open(path)
 
 
 def length_advice(room: Callable[[int], str], positions: int | None) -> Advice:
-    """Advice for samples that are too long. `room(longest)` says what would have room for the longest; if that is longer than the
-    `positions` that the model was made for, nothing has.
+    """Advice for samples that are too long. `room(longest)` says what would have room for the longest; if that is
+    longer than the `positions` that the model was made for, nothing has.
     """
 
     def words(longest: int) -> str:
         cut = f"cut them with {spelled('truncate', True)}"
         if positions is not None and longest > positions:
-            return f"the model was made for {positions} positions, and the longest sample has {longest}; shorten the samples, or {cut}"
+            return (
+                f"the model was made for {positions} positions, and the longest sample has {longest}; shorten the"
+                f" samples, or {cut}"
+            )
         return f"{room(longest)} has room for every sample; or shorten them, or {cut}"
 
     return words
@@ -195,7 +198,8 @@ def encoder_for(data: str, vocabulary: Vocabulary | None, vocab_size: int | None
 def no_tokenizer(data: str) -> InputError:
     """What is wrong where a model without a tokenizer gets data."""
     return InputError(
-        f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use {spelled('data', 'random')}"
+        f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use"
+        f" {spelled('data', 'random')}"
     )
 
 
@@ -215,8 +219,8 @@ def check_prepared(source: Path, *, seq: int, vocab_size: int | None, pairs: boo
         vocab_size = records.vocab_size if vocab_size is None else vocab_size
         if (records.seq, records.vocab_size) != (seq, vocab_size):
             raise InputError(
-                f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the plan is for"
-                f" {seq} and {vocab_size}; prepare the data again"
+                f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the"
+                f" plan is for {seq} and {vocab_size}; prepare the data again"
             )
         if records.pairs != pairs:
             contents, expected = ("pairs of answers", "none") if records.pairs else ("no pairs of answers", "such")
@@ -252,10 +256,10 @@ class Encoder:
     def written(self, value: Words, render: Callable[[Words], Sequence[Segment]]) -> Tokens:
         """Tokens of the segments that `render` makes of what people write, in which special tokens are text.
 
-        What people write must not become control tokens, neither by itself nor with its neighbours: only a chat template, and a
-        text that may have been rendered by one, say where a turn ends. Where it would, a mark keeps its characters apart: a
-        character that no text here has, and that has no tokens (`segments`). A text is enclosed in marks only if it makes a
-        special token with its neighbours, since marks part words, too.
+        What people write must not become control tokens, neither by itself nor with its neighbours: only a chat
+        template, and a text that may have been rendered by one, say where a turn ends. Where it would, a mark keeps its
+        characters apart: a character that no text here has, and that has no tokens (`segments`). A text is enclosed in
+        marks only if it makes a special token with its neighbours, since marks part words, too.
         """
         texts = list(texts_in(value))
         control = self._control
@@ -312,7 +316,8 @@ class Encoder:
     def segments(self, segments: Iterable[Segment], mark: str | None = None) -> Tokens:
         """Tokens of consecutive segments. None spans two, so that a prompt has the tokens that it has when generating.
 
-        `mark` is a character that keeps texts apart and has no tokens (`as_text`). Raises InputError for a token outside the model's vocabulary.
+        `mark` is a character that keeps texts apart and has no tokens (`as_text`). Raises InputError for a token
+        outside the model's vocabulary.
         """
         text = ""
         ids: list[int] = []
@@ -330,8 +335,8 @@ class Encoder:
     def completion(
         self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
     ) -> Tokens:
-        """Tokens of a prompt and its completion, in which special tokens are text; with `ended`, an end-of-text or end-of-turn
-        token follows.
+        """Tokens of a prompt and its completion, in which special tokens are text; with `ended`, an end-of-text or
+        end-of-turn token follows.
         """
         if not isinstance(prompt, str):
             return self.written((prompt, completion, tools), partial(self._shown, ended=ended))
@@ -362,13 +367,14 @@ def check_ids(ids: list[int], vocab_size: int) -> None:
     """Raise InputError for a token outside the model's vocabulary."""
     if ids and max(ids) >= vocab_size:
         raise InputError(
-            f"token {max(ids)} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another model"
+            f"token {max(ids)} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another"
+            " model"
         )
 
 
 def _map_texts(value: Any, change: Callable[[str, bool], str], *, said: bool = True, inside: bool = False) -> Any:
-    """The same lists and objects with `change(text, said)` in the place of their texts, keys too. `said` is True for somebody's words:
-    prompts and answers, and in messages what is `inside` their contents and calls, but for names.
+    """The same lists and objects with `change(text, said)` in the place of their texts, keys too. `said` is True for
+    somebody's words: prompts and answers, and in messages what is `inside` their contents and calls, but for names.
     """
     if isinstance(value, str):
         return change(value, said)
@@ -412,8 +418,8 @@ class _LengthCounter:
 
 
 class DataPass:
-    """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines. It needs no encoder for
-    samples that were kept as tokens.
+    """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines. It
+    needs no encoder for samples that were kept as tokens.
     """
 
     def __init__(
@@ -503,8 +509,8 @@ class DataPass:
         self.flush(everything=True)
 
     def tokenise(self, sample: Sample) -> list[TokenSequence]:
-        """A sample as tokens: several sequences for the choices of a question. Raises InputError, which says what is wrong
-        with it.
+        """A sample as tokens: several sequences for the choices of a question. Raises InputError, which says what is
+        wrong with it.
         """
         encoder = self.encoder
         assert encoder is not None
@@ -512,7 +518,10 @@ class DataPass:
             raise InputError(
                 f"no pair of answers, and the plan's loss is of such; write {PAIR_FORM}"
                 if self.pairs
-                else f"a pair of answers, and the plan's loss is not of such; profile with {spelled('loss', 'dpo')} or {spelled('loss', 'orpo')}"
+                else (
+                    f"a pair of answers, and the plan's loss is not of such; profile with {spelled('loss', 'dpo')} or"
+                    f" {spelled('loss', 'orpo')}"
+                )
             )
         if isinstance(sample, AnswerPair):
             answers = (sample.chosen, sample.rejected)
@@ -584,7 +593,8 @@ class DataPass:
         return min(excess, max(0, predicted.index(True) - 1) if True in predicted else 0)
 
     def shift(self, tokens: Tokens, front: int | None = None) -> tuple[list[int], list[int]]:
-        """(inputs, shifted labels) of at most `seq` positions, without the first `front` tokens; None: as many as `front` says.
+        """(inputs, shifted labels) of at most `seq` positions, without the first `front` tokens; None: as many as
+        `front` says.
 
         Raises InputError if there are more and they are not to be cut, or if no label is left.
         """

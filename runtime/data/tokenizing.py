@@ -1,7 +1,7 @@
 """Turns data into tokens in a process of its own, which holds the tokenizer and has ended before the next phase begins.
 
-As a worker (`tightfit.profiles.sources.tokenizer_process`) it writes the records of a run, or finds the longest sample and keeps
-all as tokens.
+As a worker (`tightfit.profiles.sources.tokenizer_process`) it writes the records of a run, or finds the longest sample
+and keeps all as tokens.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def tokenise(
     kept: Path | None = None,
     **options: Any,
 ) -> Path:
-    """Write the records of `data` with the tokenizer of what `model` names, as `tightfit.runtime.data.tokenization.prepare` does with
-    these options; returns their path.
+    """Write the records of `data` with the tokenizer of what `model` names, as
+    `tightfit.runtime.data.tokenization.prepare` does with these options; returns their path.
 
-    The budget is for this process and the one that holds the tokenizer. Raises what `prepare` raises, and CapError where the
-    tokenizer has no place.
+    The budget is for this process and the one that holds the tokenizer. Raises what `prepare` raises, and CapError
+    where the tokenizer has no place.
     """
     path = directory / f"{purpose}.records"
     if kept is not None or data == RANDOM or data.endswith(PREPARED):
@@ -81,8 +81,8 @@ def longest_samples(
     **options: Any,
 ) -> int:
     """Positions of the longest sample of all data, found with the tokenizer of what `model` names as
-    `tightfit.runtime.data.tokenization.longest_sample` does. `keep`, by purpose, is where the samples are kept as tokens. Raises as
-    `tokenise`.
+    `tightfit.runtime.data.tokenization.longest_sample` does. `keep`, by purpose, is where the samples are kept as
+    tokens. Raises as `tokenise`.
     """
     request = {"job": "longest", "data": dict(data), **options}
     longest: int = _in_worker(model, list(data.values()), request, budget_bytes, report)
@@ -112,7 +112,9 @@ def _in_worker(
 
 
 def _longest_line(name: str) -> int:
-    """Bytes of the longest line of data; 0 for tables without lines, and for what cannot be read: whoever reads it says so."""
+    """Bytes of the longest line of data; 0 for tables without lines, and for what cannot be read: whoever reads it says
+    so.
+    """
     longest = length = 0
     try:
         for file in data_files(name):

@@ -1,16 +1,16 @@
 """Adds the adapters of a round up: federated averaging weighted by tokens, for adapters of one rank or of several.
 
 **One rank.** Every tensor becomes the mean of the devices' tensors, weighted by the tokens that each was trained on,
-computed in float64 in the order of the fleet's plan and rounded to float32 once. (A and B are averaged each by itself, as
-federated averaging of LoRA does; the product of the means is not the mean of the products.)
+computed in float64 in the order of the fleet's plan and rounded to float32 once. (A and B are averaged each by itself,
+as federated averaging of LoRA does; the product of the means is not the mean of the products.)
 
-**Several ranks.** The fleet's adapter has the largest rank R. Before a round it is brought into its singular form: B·A =
-U·S·Vᵀ is written with A = c·Vᵀ and B = U·S/c, components by falling singular value. This changes nothing of B·A, and the
-first r components are its best approximation of rank r, so a device of rank r gets just these. c is the length that rows
-of A have when LoRA starts, and all rows of Vᵀ are orthonormal, also those whose singular value is zero: no component
-loses its gradient. Since all devices start from the same components, their answers can be averaged component by
-component: component j is the weighted mean over the devices whose rank is above j. (Filling up with zeros instead would
-shrink the components that few devices train.) A component that nobody trained stays as it is.
+**Several ranks.** The fleet's adapter has the largest rank R. Before a round it is brought into its singular form: B·A
+= U·S·Vᵀ is written with A = c·Vᵀ and B = U·S/c, components by falling singular value. This changes nothing of B·A, and
+the first r components are its best approximation of rank r, so a device of rank r gets just these. c is the length that
+rows of A have when LoRA starts, and all rows of Vᵀ are orthonormal, also those whose singular value is zero: no
+component loses its gradient. Since all devices start from the same components, their answers can be averaged component
+by component: component j is the weighted mean over the devices whose rank is above j. (Filling up with zeros instead
+would shrink the components that few devices train.) A component that nobody trained stays as it is.
 """
 
 from __future__ import annotations

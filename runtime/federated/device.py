@@ -1,7 +1,8 @@
-"""A device's part of a round: starts `tightfit run` from the fleet's adapter, under the device's cap, and reads the result.
+"""A device's part of a round: starts `tightfit run` from the fleet's adapter, under the device's cap, and reads the
+result.
 
-The process that calls this waits beside the training process and counts against the device's budget, so that it lives of
-the standard library; `node`, which talks to Flower, calls `take_part`.
+The process that calls this waits beside the training process and counts against the device's budget, so that it lives
+of the standard library; `node`, which talks to Flower, calls `take_part`.
 """
 
 from __future__ import annotations
@@ -146,7 +147,9 @@ def _hello(device: DeviceSettings, order: Order) -> tuple[Answer, bytes]:
 
 
 def _command(device: DeviceSettings, order: Order, given: str, out: str) -> list[str]:
-    """The command of a run from the adapter in the folder `given`; where a server computes the upper layers, of the first stage."""
+    """The command of a run from the adapter in the folder `given`; where a server computes the upper layers, of the
+    first stage.
+    """
     own = ["--truncate"] * device.truncate + ["--no-cgroup"] * (not device.cgroup)
     if not device.labels:
         arguments = ["run", device.plan, "--overwrite", "--checkpoint-every", "0"]
@@ -192,8 +195,8 @@ def start(
     environment: Mapping[str, str] | None = None,
     orphaned: signal.Signals = signal.SIGTERM,
 ) -> subprocess.Popen[bytes]:
-    """Start a command that writes what it says to the file `log`. The kernel sends it the signal `orphaned` when this process ends,
-    however it does.
+    """Start a command that writes what it says to the file `log`. The kernel sends it the signal `orphaned` when this
+    process ends, however it does.
     """
     with open(log, "wb") as file:
         return subprocess.Popen(

@@ -1,12 +1,14 @@
 """A device's side of Flower's Fleet API, with little memory: its protobuf messages over the standard library's HTTP.
 
 Flower's own client brings gRPC, FastAPI, SQLAlchemy and more into the process: a SuperNode, its SuperExec and a process
-for each message hold about 390 MiB. What goes over the wire is small: eight kinds of requests, each a protobuf message in
-a POST, signed with the node's key; and a message's content as a tree of objects, each named by the SHA-256 of its bytes.
-This file speaks that, by the message definitions of the installed Flower, and refuses a Flower that it does not know.
+for each message hold about 390 MiB. What goes over the wire is small: eight kinds of requests, each a protobuf message
+in a POST, signed with the node's key; and a message's content as a tree of objects, each named by the SHA-256 of its
+bytes. This file speaks that, by the message definitions of the installed Flower, and refuses a Flower that it does not
+know.
 
 An object is the text ``Type child-ids length``, a zero byte, and its body: a `Message`'s metadata, the names and ids of
-what a `RecordDict`, an `ArrayRecord` or an `Array` holds as JSON, a `ConfigRecord` as protobuf, an `ArrayChunk`'s bytes.
+what a `RecordDict`, an `ArrayRecord` or an `Array` holds as JSON, a `ConfigRecord` as protobuf, an `ArrayChunk`'s
+bytes.
 """
 
 from __future__ import annotations
@@ -145,7 +147,8 @@ class FleetApi:
             content = answer.read()
         except (OSError, HTTPException) as error:
             raise UnreachableError(
-                f"{self.endpoint.host}:{self.endpoint.port}: no SuperLink answers ({error}); see that it runs and can be reached"
+                f"{self.endpoint.host}:{self.endpoint.port}: no SuperLink answers ({error}); see that it runs and can"
+                " be reached"
             ) from error
         finally:
             connection.close()

@@ -1,7 +1,8 @@
-"""What server and devices tell each other in a round: an order with the fleet's adapter, an answer with the trained one.
+"""What server and devices tell each other in a round: an order with the fleet's adapter, an answer with the trained
+one.
 
-Both are flat records of texts and numbers, as Flower's `ConfigRecord` holds them; the adapter travels beside them as the
-bytes of its safetensors file. The standard library only.
+Both are flat records of texts and numbers, as Flower's `ConfigRecord` holds them; the adapter travels beside them as
+the bytes of its safetensors file. The standard library only.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class _Words:
 
     @classmethod
     def of(cls, words: Mapping[str, object]) -> Self:
-        """The record that another process sent; what a newer one says beside is left out. Raises KeyError, ValueError or
-        TypeError for words that are missing or no such thing.
+        """The record that another process sent; what a newer one says beside is left out. Raises KeyError, ValueError
+        or TypeError for words that are missing or no such thing.
         """
         kinds = {"str": str, "int": int, "float": float, "bool": bool}
         return cls(**{one.name: kinds[str(one.type)](words[one.name]) for one in fields(cls)})  # type: ignore[arg-type]

@@ -2,10 +2,10 @@
 
     python -m tightfit.runtime.federated.node DEVICE.json --superlink HOST:PORT [--insecure | --root-certificates FILE]
 
-It stands in for Flower's SuperNode, SuperExec and ClientApp. Between rounds and while a run trains it gives signs of life;
-a SuperLink that is gone, or has forgotten the node, is looked for until it is there again; one that does not know its key
-ends it after a minute, and so does the word that the rounds are over. It runs the code of the
-installed tightfit and nothing that the server sends. SIGTERM and SIGINT end it, and a run that is under way.
+It stands in for Flower's SuperNode, SuperExec and ClientApp. Between rounds and while a run trains it gives signs of
+life; a SuperLink that is gone, or has forgotten the node, is looked for until it is there again; one that does not know
+its key ends it after a minute, and so does the word that the rounds are over. It runs the code of the installed
+tightfit and nothing that the server sends. SIGTERM and SIGINT end it, and a run that is under way.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Node:
         if now - self.strange_since > STRANGE_SECONDS:
             raise InputError(what)
         _say(
-            f"{what}; asking for {STRANGE_SECONDS - now + self.strange_since:.0f} s more, since it may have just started"
+            f"{what}; asking for {STRANGE_SECONDS - now + self.strange_since:.0f} s more, since it may have just"
+            " started"
         )
 
     def _later(self) -> None:

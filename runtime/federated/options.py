@@ -16,7 +16,9 @@ LARGEST_ROUNDS = 1_000_000
 
 
 class RoundOptions(RateOptions):
-    """How a federated run goes, as its settings file has it. A new adapter and the order of the data are drawn by `seed`."""
+    """How a federated run goes, as its settings file has it. A new adapter and the order of the data are drawn by
+    `seed`.
+    """
 
     rounds: int = Field(ge=1, le=LARGEST_ROUNDS)
     fleet: str
@@ -46,7 +48,8 @@ class RoundOptions(RateOptions):
     def _seeds(self) -> Self:
         if self.seed + self.rounds > LARGEST_SEED:
             raise InputError(
-                f"{spelled('seed')} {self.seed}: give at most {LARGEST_SEED - self.rounds}, since each round has a seed of its own"
+                f"{spelled('seed')} {self.seed}: give at most {LARGEST_SEED - self.rounds}, since each round has a seed"
+                " of its own"
             )
         return self
 

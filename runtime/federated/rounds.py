@@ -1,15 +1,16 @@
 """The server's rounds: sends the fleet's adapter out, gathers answers until the round is over, adds them up, saves.
 
-Devices first say who they are (round 0 of their orders), and send the labels of their data where the server computes the upper
-layers of the model. In a round every device has a turn. One that is there gets its order with its part of the adapter at once. If
-the server computes upper layers for it, its run waits at a port of its own, and the server serves one device after the other in the
-order of the plan (`tightfit.runtime.federated.service`); one that is not there is waited for in its turn until `grace` is over, then
-served when it comes. A device's part counts when its answer is there, and what the server has trained for it.
+Devices first say who they are (round 0 of their orders), and send the labels of their data where the server computes
+the upper layers of the model. In a round every device has a turn. One that is there gets its order with its part of the
+adapter at once. If the server computes upper layers for it, its run waits at a port of its own, and the server serves
+one device after the other in the order of the plan (`tightfit.runtime.federated.service`); one that is not there is
+waited for in its turn until `grace` is over, then served when it comes. A device's part counts when its answer is
+there, and what the server has trained for it.
 
-A round is over when every member's part is there; or when those of the devices that are there are, at least `least` of them, and
-`grace` seconds have passed in which others may come; or when its time is up and `least` are there. The others are left out. A device
-that leaves and comes back is sent the round's adapter again. Where too few have answered in time the round goes on: their answers
-stay good, and all others are asked once more.
+A round is over when every member's part is there; or when those of the devices that are there are, at least `least` of
+them, and `grace` seconds have passed in which others may come; or when its time is up and `least` are there. The others
+are left out. A device that leaves and comes back is sent the round's adapter again. Where too few have answered in time
+the round goes on: their answers stay good, and all others are asked once more.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class Rounds:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`plans` are those of the devices that take part, by name, and `server_plans` the server's for the layers above, if they do
-        not hold all; `say` is told what happens.
+        """`plans` are those of the devices that take part, by name, and `server_plans` the server's for the layers
+        above, if they do not hold all; `say` is told what happens.
         """
         self.fleet, self.options, self.network = fleet, options, network
         self.say, self.clock, self.sleep = say, clock, sleep
@@ -165,7 +166,9 @@ class Rounds:
         """members that are not waited for in their turn"""
 
     def run(self) -> SavedRound:
-        """All rounds that are still to be made; the last one. Raises InputError where an earlier run was another one."""
+        """All rounds that are still to be made; the last one. Raises InputError where an earlier run was another
+        one.
+        """
         saved = self._begun()
         while saved.number < self.options.rounds:
             saved = self._round(saved)
@@ -361,7 +364,8 @@ class Rounds:
             tensors = aggregate.opened(reply.adapter, self.lower[name], self.members[name].rank, place)
             turn.answer = asdict(answer), tensors
         except InputError as error:
-            # What went wrong with a device alone goes wrong again; with the server's part it may have been the server's.
+            # What went wrong with a device alone goes wrong again; with the server's part it may have been the
+            # server's.
             self._anew(one, name, self._turn(name, node=turn.node, asked=turn.asked if name in self.upper else asked))
             one.left_out[name] = str(error)
             self.say(f"round {one.number}: {name} is left out: {error}")
@@ -415,7 +419,9 @@ class Rounds:
             self._complete(one, name)
 
     def _next(self, one: Round) -> str | None:
-        """The device whose turn it is: the first in the plan's order that is there, unless one before it may still come."""
+        """The device whose turn it is: the first in the plan's order that is there, unless one before it may still
+        come.
+        """
         patient = self.clock() - one.began < self.options.grace
         for name, turn in one.turns.items():
             if turn.upper is not None or turn.asked > MOST_ASKED:

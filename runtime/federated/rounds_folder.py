@@ -1,8 +1,8 @@
 """The folder of federated rounds: each round that has been added up, with its adapter, so that a killed server goes on.
 
-``rounds/round-N/`` holds the fleet's adapter after round N, as PEFT loads it, and ``round.json``: who answered with what.
-It is written under another name, forced to disk and renamed, and only then counts: a round that is acknowledged is never
-lost. ``rounds.jsonl`` has the same records, a line for each round; adapters of older rounds are removed.
+``rounds/round-N/`` holds the fleet's adapter after round N, as PEFT loads it, and ``round.json``: who answered with
+what. It is written under another name, forced to disk and renamed, and only then counts: a round that is acknowledged
+is never lost. ``rounds.jsonl`` has the same records, a line for each round; adapters of older rounds are removed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The server of a federated run as its caller sees it: starts a SuperLink and the rounds on it, follows them, ends them.
+"""The server of a federated run as its caller sees it: starts a SuperLink and the rounds on it, follows them, ends
+them.
 
 With `devices` it also starts a node for each of these on this machine, for a trial. All processes end with this one,
 however it ends.
@@ -92,12 +93,13 @@ def _ready(folder: RoundsFolder, *, resume: bool, overwrite: bool) -> None:
     found = folder.rounds.exists() or (folder.out / REPORT).exists()
     if found and not resume and not overwrite:
         raise InputError(
-            f"{folder.out} holds an earlier run; continue it with {spelled('resume', True)}, replace it with {spelled('overwrite', True)}, or choose another"
-            " folder"
+            f"{folder.out} holds an earlier run; continue it with {spelled('resume', True)}, replace it with"
+            f" {spelled('overwrite', True)}, or choose another folder"
         )
     if resume and not found:
         raise InputError(
-            f"{folder.out} holds no rounds to go on from; leave out {spelled('resume', True)} to start from the beginning"
+            f"{folder.out} holds no rounds to go on from; leave out {spelled('resume', True)} to start from the"
+            " beginning"
         )
     if not resume:
         folder.clear()
@@ -216,15 +218,17 @@ class _Processes:
             raise RunError(f"{' '.join(command[:3])} ended with code {code}: {self.said(name)}")
 
     def until(self, name: str, done: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-        """Wait until `done()`, as long as the process called `name` lives. Raises RunError where it ends, or time is up."""
+        """Wait until `done()`, as long as the process called `name` lives. Raises RunError where it ends, or time is
+        up.
+        """
         limit = time.monotonic() + seconds
         while not done():
             if (code := self.running[name].poll()) is not None:
                 if done():
                     return
                 raise RunError(
-                    f"the {name} has ended with code {code}: {self.said(name)}; rounds that are acknowledged are kept, go on"
-                    f" with {spelled('resume', True)}"
+                    f"the {name} has ended with code {code}: {self.said(name)}; rounds that are acknowledged are kept,"
+                    f" go on with {spelled('resume', True)}"
                 )
             self._server_lives()
             if time.monotonic() > limit:
@@ -239,7 +243,8 @@ class _Processes:
             return
         if not _lives(number) and not any((self.out / name).exists() for name in (REPORT, FAILED)):
             raise RunError(
-                f"the process of the rounds has ended; rounds that are acknowledged are kept, go on with {spelled('resume', True)}"
+                "the process of the rounds has ended; rounds that are acknowledged are kept, go on with"
+                f" {spelled('resume', True)}"
             )
 
     def said(self, name: str) -> str:

@@ -32,7 +32,9 @@ from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, Rounds
 OVER_SECONDS, LOOK_SECONDS = 10.0, 0.5
 """for devices to hear that the rounds are over, at most, and between two looks at their answers"""
 LATE_SECONDS = 60.0
-"""after a round's time is up: until a message is forgotten; and for what an earlier server has left, until it has ended"""
+"""after a round's time is up: until a message is forgotten; and for what an earlier server has left, until it has
+ended
+"""
 
 
 class GridNetwork:
@@ -66,7 +68,8 @@ class GridNetwork:
 
 
 def main(grid: Grid, context: Context) -> None:
-    # Flower's own watch sends this process a SIGINT from another thread, which does not wake a thread that waits for a lock.
+    # Flower's own watch sends this process a SIGINT from another thread, which does not wake a thread that waits for a
+    # lock.
     end_with_parent(signal.SIGKILL)
     settings = json.loads(Path(str(context.run_config["settings"])).read_text())
     options = RoundOptions.of(settings)

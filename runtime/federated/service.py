@@ -1,4 +1,6 @@
-"""The server's side of a device's turn in split rounds: trains the upper layers for it, as a `tightfit run` under a cap of its own."""
+"""The server's side of a device's turn in split rounds: trains the upper layers for it, as a `tightfit run` under a cap
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class ServerRun:
     def begun(
         cls, rounds: RoundsFolder, options: RoundOptions, member: str, order: Order, adapter: bytes, now: float
     ) -> Self:
-        """Start the run for a device with this order; `adapter` is the file of the upper layers' part of the adapter."""
+        """Start the run for a device with this order; `adapter` is the file of the upper layers' part of the
+        adapter.
+        """
         folder = rounds.stage(member)
         given, out = folder / "given", folder / "run"
         shutil.rmtree(given, ignore_errors=True)
@@ -47,7 +51,9 @@ class ServerRun:
     def trained(
         self, shapes: Mapping[str, tuple[int, int]], rank: int, now: float
     ) -> tuple[dict[str, Any], aggregate.Tensors] | None:
-        """What is told of the run, and what it has trained; None: it is under way. Raises InputError or OSError where it has failed."""
+        """What is told of the run, and what it has trained; None: it is under way. Raises InputError or OSError where
+        it has failed.
+        """
         code = self.process.poll()
         if code is None:
             return None

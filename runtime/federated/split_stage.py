@@ -38,8 +38,8 @@ def stage_membership(
     *,
     server: bool,
 ) -> Membership:
-    """The membership of the run of `plan`: of a device's layers, or with `server` of the layers above. The server listens
-    at `address` and `port`, and each saves its own part of the adapter.
+    """The membership of the run of `plan`: of a device's layers, or with `server` of the layers above. The server
+    listens at `address` and `port`, and each saves its own part of the adapter.
     """
     names, rank = [member.name, SERVER], SERVERS_PLACE if server else 0
     chain = next(one for one in replicas(fleet) if one[0].member == member.name)
@@ -92,8 +92,8 @@ def labels_alone(records: Path, target: Path) -> None:
 
 
 def prepared_device(device: DeviceSettings, plan: Plan, fleet: str, server: str) -> DeviceSettings:
-    """A device with its data prepared once, before its first round, for all of them: in its folder, beside the labels that
-    the server gets. `fleet` is the folder of the fleet's plan, `server` the host that the server's runs listen at.
+    """A device with its data prepared once, before its first round, for all of them: in its folder, beside the labels
+    that the server gets. `fleet` is the folder of the fleet's plan, `server` the host that the server's runs listen at.
     """
     assert plan.seq is not None
     folder = Path(device.work) / "data"

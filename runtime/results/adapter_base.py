@@ -1,4 +1,6 @@
-"""The base of an adapter: which model it is, and how packing rounded it when the adapter was trained. Imports no PyTorch."""
+"""The base of an adapter: which model it is, and how packing rounded it when the adapter was trained. Imports no
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def open_base(folder: Path, requested: str | None) -> AdapterBase:
         ) from error
     if not source.has_weights:
         raise InputError(
-            f"{base_name} is a bare config, whose weights are random: there is nothing to merge; give its {spelled('base')}"
+            f"{base_name} is a bare config, whose weights are random: there is nothing to merge; give its"
+            f" {spelled('base')}"
         )
     if source.kind == "bundle":
         raise InputError(
@@ -72,28 +75,30 @@ def _base_in_report(folder: Path) -> dict[str, Any]:
 
 
 def rounding_difference(rounding: str | None) -> str | None:
-    """How the base that the adapter was added to differs from the one that training saw, in a sentence; None: not at all."""
+    """How the base that the adapter was added to differs from the one that training saw, in a sentence; None: not at
+    all.
+    """
     if rounding is not None and ROUNDED not in rounding:
         return None
     seen_in_training = (
         f"training saw the base {rounding}" if rounding else "where training saw the base rounded (4 bits by default)"
     )
     return (
-        f"{seen_in_training}; the adapter was added to the values of the base's own files, from which those differ by the rounding: losses of"
-        " the run are near those of this model, not equal"
+        f"{seen_in_training}; the adapter was added to the values of the base's own files, from which those differ by"
+        " the rounding: losses of the run are near those of this model, not equal"
     )
 
 
 def named_base(folder: Path) -> str | None:
-    """The base that the adapter_config.json in `folder` names. Raises InputError for a folder without an adapter, and where it names a revision
-    of a model on the hub.
+    """The base that the adapter_config.json in `folder` names. Raises InputError for a folder without an adapter, and
+    where it names a revision of a model on the hub.
     """
     from_peft(folder)
     settings = read_json(folder / CONFIG)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if base and revision not in (None, "main") and not Path(base).exists():
         raise InputError(
-            f"{folder}: its base is {base} at the revision {revision!r}, and models of the hub are taken at their newest; download"
-            f" that revision and name its folder with {spelled('base')}"
+            f"{folder}: its base is {base} at the revision {revision!r}, and models of the hub are taken at their"
+            f" newest; download that revision and name its folder with {spelled('base')}"
         )
     return base or None

@@ -30,8 +30,9 @@ ADVICE = "give the folder of an adapter, such as a run's OUT/adapter"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightChange:
-    """W becomes W + scale * B A; with DoRA each row of that is brought to its length in `magnitude`. Where the matrices of several
-    `experts` stand below one another in W, so do their A, and columns of B belong to one expert after the other.
+    """W becomes W + scale * B A; with DoRA each row of that is brought to its length in `magnitude`. Where the matrices
+    of several `experts` stand below one another in W, so do their A, and columns of B belong to one expert after the
+    other.
     """
 
     a: Tensor
@@ -65,8 +66,8 @@ class WeightChange:
         return WeightChange(a=a, b=b, scale=self.scale)
 
     def columns(self, weight: Tensor, start: int) -> Tensor:
-        """The changed columns of W from column `start` on, for the columns `weight`, float32 [n, outputs]: what a file holds that
-        has rows and columns the other way round. Without the magnitudes, for which whole rows are needed.
+        """The changed columns of W from column `start` on, for the columns `weight`, float32 [n, outputs]: what a file
+        holds that has rows and columns the other way round. Without the magnitudes, for which whole rows are needed.
         """
         import torch
 
@@ -135,8 +136,8 @@ class AdapterFolder:
         return pair
 
     def change(self, weight: str, shape: tuple[int, ...]) -> WeightChange | None:
-        """What becomes of a weight [outputs, inputs]; None: it stays. Raises InputError as `pair`, and for values that are no
-        finite numbers.
+        """What becomes of a weight [outputs, inputs]; None: it stays. Raises InputError as `pair`, and for values that
+        are no finite numbers.
         """
         pair = self.pair(weight, shape)
         if pair is None:
@@ -163,7 +164,9 @@ class AdapterFolder:
         return parts | ({LENGTHS: (outputs,)} if pair.dora else {})
 
     def table(self, weight: str, shape: tuple[int, ...]) -> Callable[[int, int], Tensor]:
-        """Reads rows, float32, of a module that was trained in full. Raises InputError where it is of another `shape`."""
+        """Reads rows, float32, of a module that was trained in full. Raises InputError where it is of another
+        `shape`.
+        """
         key = self.tables[weight]
         self._check(key, shape)
 
@@ -173,8 +176,8 @@ class AdapterFolder:
         actual = self._file.tensors[key][1]
         if actual != shape:
             raise InputError(
-                f"{self._file.path}: {key} is {list(actual)} and the base wants {list(shape)}; give the base that the adapter was"
-                f" trained on with {spelled('base')}"
+                f"{self._file.path}: {key} is {list(actual)} and the base wants {list(shape)}; give the base that the"
+                f" adapter was trained on with {spelled('base')}"
             )
 
     def _rows(self, key: str, start: int, stop: int) -> Tensor:

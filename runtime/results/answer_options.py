@@ -64,7 +64,9 @@ class AnswerOptions(CappedOptions):
     force: bool = option(False, "Measure again even where a fitting result lies in the cache.")
 
     choose: Any = None
-    """chooses on another machine what stays in memory (`tightfit.planner.generation.choice.Choose`); None: this one does"""
+    """chooses on another machine what stays in memory (`tightfit.planner.generation.choice.Choose`); None: this one
+    does
+    """
     shown: Any = None
     """is called with the text as it comes"""
 
@@ -72,7 +74,8 @@ class AnswerOptions(CappedOptions):
     def _drawn(self) -> Self:
         if not self.temperature and (self.top_k or self.top_p < 1):
             raise InputError(
-                f"{spelled('top_k')} and {spelled('top_p')} choose among tokens that are drawn at random; give {spelled('temperature')} too"
+                f"{spelled('top_k')} and {spelled('top_p')} choose among tokens that are drawn at random; give"
+                f" {spelled('temperature')} too"
             )
         return self
 

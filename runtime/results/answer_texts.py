@@ -1,5 +1,5 @@
-"""What answers need of a tokenizer, made by a worker that has ended before a model is loaded: the tokens of prompts, the text of each
-token, and the tokens with which an answer ends.
+"""What answers need of a tokenizer, made by a worker that has ended before a model is loaded: the tokens of prompts,
+the text of each token, and the tokens with which an answer ends.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def answer_texts(
 ) -> AnswerTexts:
     """Have the texts of prompts turned into tokens, and the table `TABLE` of the tokens' texts written into `folder`.
 
-    `ends` are the tokens that end an answer by what the model's files say. Raises InputError for a tokenizer or a prompt that cannot be
-    used, and where the tokenizer has no place in the memory that is free.
+    `ends` are the tokens that end an answer by what the model's files say. Raises InputError for a tokenizer or a
+    prompt that cannot be used, and where the tokenizer has no place in the memory that is free.
     """
     answer = with_tokenizer(
         MODULE,
@@ -86,7 +86,9 @@ def _texts(vocabulary: Vocabulary, request: dict[str, Any], report: Progress) ->
 
 
 def _ends(stated: Sequence[int], vocabulary: Vocabulary) -> list[int]:
-    """The tokens that end an answer: what the model's files say, and the ends of turns that its chat template writes."""
+    """The tokens that end an answer: what the model's files say, and the ends of turns that its chat template
+    writes.
+    """
     ends = list(stated) or [token for token in [vocabulary.token_id(vocabulary.eos_token)] if token is not None]
     for token in TURN_ENDS:
         number = vocabulary.token_id(token)
@@ -96,8 +98,8 @@ def _ends(stated: Sequence[int], vocabulary: Vocabulary) -> list[int]:
 
 
 def _encoded(encoder: Encoder, prompt: Prompt, system: str | None, *, template: bool) -> list[int]:
-    """Tokens of a prompt. Special tokens stay such only in one that no template is applied to: it may be rendered already. Raises InputError
-    where there are none, or for tokens that the model lacks.
+    """Tokens of a prompt. Special tokens stay such only in one that no template is applied to: it may be rendered
+    already. Raises InputError where there are none, or for tokens that the model lacks.
     """
     if isinstance(prompt, str) and not (template and encoder.vocabulary.chat_template):
         if system is not None:

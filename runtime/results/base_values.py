@@ -31,8 +31,8 @@ def merged_rows(
     change: WeightChange | None,
     step: int = 1,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first, rows) of a tensor with its change, block after block, float32 [n, columns]; n is a multiple of
-    `step` except at the end.
+    """(number of the first, rows) of a tensor with its change, block after block, float32 [n, columns]; n is a multiple
+    of `step` except at the end.
     """
     entry = tensor.entry
     for start, stop in blocks(entry.rows, entry.columns, step):

@@ -3,8 +3,9 @@
     python -m tightfit.runtime.results.chat ORDER    holds the conversation of an `AnswerOrder`
     python -m tightfit.runtime.results.chat --measure FOLDER TOKENS    prints the bytes that this takes
 
-Its memory counts against the budget: it imports the library `tokenizers` and Jinja beside the standard library, and no more. It loads the
-tokenizer, and gives back what only loading took, before the model is there; what it holds beside the model counts from then on.
+Its memory counts against the budget: it imports the library `tokenizers` and Jinja beside the standard library, and no
+more. It loads the tokenizer, and gives back what only loading took, before the model is there; what it holds beside the
+model counts from then on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ SLACK_BYTES = 1 << 20
 
 
 class ChatPrompt:
-    """The turns so far, and how they become a prompt of at most `longest` tokens. Raises InputError without a chat template."""
+    """The turns so far, and how they become a prompt of at most `longest` tokens. Raises InputError without a chat
+    template.
+    """
 
     def __init__(self, encoder: Encoder, system: str | None, longest: int) -> None:
         self._encoder, self._longest = encoder, longest
@@ -53,8 +56,9 @@ class ChatPrompt:
         self.forgotten = 0
 
     def ask(self, text: str) -> list[int]:
-        """The tokens of the conversation with this question; the oldest questions are forgotten, with their answers, where there
-        is no room for them. Raises InputError where there is none for the question itself, which is then not asked.
+        """The tokens of the conversation with this question; the oldest questions are forgotten, with their answers,
+        where there is no room for them. Raises InputError where there is none for the question itself, which is then
+        not asked.
         """
         if len(text.encode()) > BYTES_PER_TOKEN * self._longest:
             raise InputError(f"{len(text.encode())} bytes are more than a conversation can have here; write less")
@@ -63,7 +67,8 @@ class ChatPrompt:
             while len(ids := self._tokens()) > self._longest:
                 if len(self._turns) < 3:
                     raise InputError(
-                        f"{len(ids)} tokens, and there is room for {self._longest}; write less, or give a larger {spelled('context')}"
+                        f"{len(ids)} tokens, and there is room for {self._longest}; write less, or give a larger"
+                        f" {spelled('context')}"
                     )
                 del self._turns[:2]
                 self.forgotten += 2
@@ -153,7 +158,9 @@ def _interrupts(asking: Answers) -> Iterator[None]:
 
 
 def measure(folder: str, tokens: int) -> int:
-    """Peak bytes of this process in conversations of so many tokens at most, by the vocabulary in `folder`, once that is loaded."""
+    """Peak bytes of this process in conversations of so many tokens at most, by the vocabulary in `folder`, once that
+    is loaded.
+    """
     encoder = _loaded(folder, 1 << 62)
     longest = BYTES_PER_TOKEN * tokens
     for text in (SAMPLE * (longest // len(SAMPLE.encode()) + 1), "7" * tokens):

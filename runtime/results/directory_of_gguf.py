@@ -1,4 +1,6 @@
-"""The files of a Hugging Face directory beside config and weights, made from a GGUF file: its tokenizer and chat template."""
+"""The files of a Hugging Face directory beside config and weights, made from a GGUF file: its tokenizer and chat
+template.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Evaluates a plan's model, with an adapter or as training would begin, in the capped process of a run.
 
 It is a run of no steps: the same schedule, kernels and data files, and so the same figures to the bit as `tightfit run
---eval` reports for the same adapter, where samples share rows in both or in neither. Imports no PyTorch, as the process that prepares a run.
+--eval` reports for the same adapter, where samples share rows in both or in neither. Imports no PyTorch, as the process
+that prepares a run.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from tightfit.runtime.supervision.training_process import RunOrder
 def evaluate(plan: Plan, data: Data, options: EvaluationOptions) -> dict[str, Any]:
     """The loss on `data` of a plan's model under the plan's budget, without a step; nothing is left on disk.
 
-    `adapter` is the folder of an adapter, or of the run that left it; without it the model is as training would begin, which is
-    the base. `data` and the other arguments are as of `tightfit.run`. Returns `loss` (of a decoder the mean over labelled tokens, of a
-    module that over batches), `perplexity` (None for a module), `accuracy` (None without questions), `questions`, `records`,
-    `seconds`, the memory as a run reports it, and `packing`, whether samples share rows. Raises what `tightfit.run` raises.
+    `adapter` is the folder of an adapter, or of the run that left it; without it the model is as training would begin,
+    which is the base. `data` and the other arguments are as of `tightfit.run`. Returns `loss` (of a decoder the mean
+    over labelled tokens, of a module that over batches), `perplexity` (None for a module), `accuracy` (None without
+    questions), `questions`, `records`, `seconds`, the memory as a run reports it, and `packing`, whether samples share
+    rows. Raises what `tightfit.run` raises.
     """
     with prepared(plan, data, options) as order:
         return supervise(order, None, options.stages)
@@ -48,8 +50,8 @@ def evaluate(plan: Plan, data: Data, options: EvaluationOptions) -> dict[str, An
 def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: bool = False) -> Iterator[RunOrder]:
     """Prepare an evaluation (see `evaluate`) up to starting its training process; yields the order to carry out.
 
-    Its files lie in a temporary folder, which is removed when the block ends. With `counted`, the memory of this process must fit
-    the plan's budget too; otherwise CapError is raised.
+    Its files lie in a temporary folder, which is removed when the block ends. With `counted`, the memory of this
+    process must fit the plan's budget too; otherwise CapError is raised.
     """
     check_kind(plan)
     check_seat(plan, None)
@@ -94,8 +96,8 @@ def prepared(plan: Plan, data: Data, options: EvaluationOptions, *, counted: boo
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder in the cache, which is on a disk: files in memory would count as the run's. What killed evaluations left there is
-    removed.
+    """A folder in the cache, which is on a disk: files in memory would count as the run's. What killed evaluations left
+    there is removed.
     """
     root = cache_directory() / "evaluations"
     try:

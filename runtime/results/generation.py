@@ -1,4 +1,5 @@
-"""Prepares answers of a model, with an adapter or without, under a budget: weights packed, prompts tokenised, a plan made.
+"""Prepares answers of a model, with an adapter or without, under a budget: weights packed, prompts tokenised, a plan
+made.
 
 `tightfit generate` and `tightfit chat` hand what is prepared here to the process that shows answers
 (`tightfit.runtime.supervision.answering`, `tightfit.runtime.results.chat`).
@@ -78,10 +79,10 @@ def generate(
 ) -> list[dict[str, Any]]:
     """The answers of a model to one prompt (a string, or a tuple of messages) or a list of them, within `budget` bytes.
 
-    The options are those of `tightfit generate`. The memory of this program does not count, and of the budget as much is left
-    unused as the command's own process would take. `shown` is called with the text as it comes. Returns for each prompt `text`,
-    `end` ("end", "length"), `tokens`, `seconds`, `token_seconds` and `peak_bytes` as predicted and as measured, and more. Raises
-    what `prepared` raises, CapError and RunError.
+    The options are those of `tightfit generate`. The memory of this program does not count, and of the budget as much
+    is left unused as the command's own process would take. `shown` is called with the text as it comes. Returns for
+    each prompt `text`, `end` ("end", "length"), `tokens`, `seconds`, `token_seconds` and `peak_bytes` as predicted and
+    as measured, and more. Raises what `prepared` raises, CapError and RunError.
     """
     single = isinstance(prompts, str) or (isinstance(prompts, tuple) and all(isinstance(one, dict) for one in prompts))
     asked: list[Any] = [prompts] if single else list(prompts)
@@ -114,8 +115,8 @@ def prepared(
 ) -> Iterator[AnswerOrder]:
     """Prepare answers to `prompts`, or with None a conversation, within `budget` bytes of all processes that then live.
 
-    `told` is called with the plan. Yields the order to
-    carry out, by a process whose memory counts if that is `counted`; its files lie in a temporary folder, which is removed when the block ends. Raises InputError for a model,
+    `told` is called with the plan. Yields the order to carry out, by a process whose memory counts if that is
+    `counted`; its files lie in a temporary folder, which is removed when the block ends. Raises InputError for a model,
     adapter or prompt that cannot be used, InfeasibleError where the budget is too small, RunError if measuring fails.
     """
     ready = open_model(model, options)
@@ -160,8 +161,9 @@ def prepared(
         plan = plan_answers(problem, figures, budget, options.choose)
         if tokenizer is not None and tokenizer.bytes > budget:
             raise InfeasibleError(
-                f"the budget of {format_size(budget)} is too small: loading the tokenizer, before the conversation begins, takes"
-                f" {format_size(tokenizer.bytes)}; give {spelled('memory')} {-(-tokenizer.bytes // MIB)}MiB or more",
+                f"the budget of {format_size(budget)} is too small: loading the tokenizer, before the conversation"
+                f" begins, takes {format_size(tokenizer.bytes)}; give {spelled('memory')}"
+                f" {-(-tokenizer.bytes // MIB)}MiB or more",
                 tokenizer.bytes,
             )
         told(plan)
@@ -280,8 +282,8 @@ def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Se
         context = options.context or min(CONTEXT, ready.longest or CONTEXT)
         if context <= options.max_tokens:
             raise InputError(
-                f"{spelled('context')} {context} leaves no room for a question beside an answer of {options.max_tokens} tokens; give more,"
-                f" or a smaller {spelled('max_tokens')}"
+                f"{spelled('context')} {context} leaves no room for a question beside an answer of {options.max_tokens}"
+                f" tokens; give more, or a smaller {spelled('max_tokens')}"
             )
         prompt = context - options.max_tokens
     else:
@@ -289,8 +291,8 @@ def _problem(ready: AnsweringModel, options: AnswerOptions, encoded: Sequence[Se
         context = prompt + options.max_tokens
     if ready.longest is not None and context > ready.longest:
         raise InputError(
-            f"{prompt} tokens of a prompt and {options.max_tokens} of its answer are more than the {ready.longest} positions that"
-            f" {ready.source.name} was made for; give a smaller {spelled('max_tokens')}"
+            f"{prompt} tokens of a prompt and {options.max_tokens} of its answer are more than the {ready.longest}"
+            f" positions that {ready.source.name} was made for; give a smaller {spelled('max_tokens')}"
         )
     problem = Problem(
         steps=ready.steps.of(context),
@@ -315,8 +317,8 @@ def _write_prompts(path: Path, prompts: Sequence[Prompt], encoded: Sequence[list
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts in a file: of JSON lines ("prompt": a string or a list of messages) where its name ends with .jsonl, else one
-    a line.
+    """The prompts in a file: of JSON lines ("prompt": a string or a list of messages) where its name ends with .jsonl,
+    else one a line.
 
     Raises InputError for a file that cannot be read, or holds none.
     """

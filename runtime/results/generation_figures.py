@@ -1,4 +1,6 @@
-"""Measures what plans for answers need, in a process like the one that will answer, and keeps the figures in the cache."""
+"""Measures what plans for answers need, in a process like the one that will answer, and keeps the figures in the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,11 @@ VERSION = 1
 def measured(
     problem: Problem, store: Path, fingerprint: str, front: list[str], *, called: str, threads: int, force: bool = False
 ) -> Figures:
-    """The figures of a problem's decoder, whose packed weights lie in `store`: cached ones, or with `force`, and where other
-    programs kept the cores busy then and do not now, measured now.
+    """The figures of a problem's decoder, whose packed weights lie in `store`: cached ones, or with `force`, and where
+    other programs kept the cores busy then and do not now, measured now.
 
-    `front` is the command line that prints the bytes which the process that shows answers takes, which is `called` so. Raises RunError if a process
-    does not start or fails, InputError for a damaged store.
+    `front` is the command line that prints the bytes which the process that shows answers takes, which is `called` so.
+    Raises RunError if a process does not start or fails, InputError for a damaged store.
     """
     sampled = problem.sampling.temperature > 0
     small = replace(problem, pairs={}, prompt_tokens=GROUP + TAIL, answer_tokens=TOKENS, new_tokens=None)
@@ -116,7 +118,8 @@ def _of_decoder(small: Problem, store: Path, threads: int) -> dict[str, Any]:
     """The figures of the process that computes, for a small problem."""
     plan = plan_measuring(small)
     os.sync()  # pages of freshly installed libraries cannot be released until they are written to disk
-    # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for ever.
+    # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
+    # ever.
     with tempfile.TemporaryDirectory(dir=_folder()) as folder, tempfile.TemporaryFile() as words:
         path = os.path.join(folder, "job")
         job_of(small, plan, store, cap_bytes=plan.budget_bytes, measure=True).write(path)

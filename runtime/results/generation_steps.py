@@ -14,8 +14,8 @@ from tightfit.runtime.common.files import cache_directory, kept, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
 
 CODE = (
-    "profiles/models", "profiles/steps/answer_tracing.py", "profiles/tracing", "profiles/schema.py", "runtime/engine/cpu/cached_attention_sizes.py",
-    "runtime/engine/cpu/operators.py",
+    "profiles/models", "profiles/steps/answer_tracing.py", "profiles/tracing", "profiles/schema.py",
+    "runtime/engine/cpu/cached_attention_sizes.py", "runtime/engine/cpu/operators.py",
 )  # fmt: skip
 """Source files that determine the steps: a change in any of them invalidates the cached ones."""
 

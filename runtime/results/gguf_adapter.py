@@ -1,8 +1,8 @@
 """The LoRA pairs alone as a GGUF file, as llama.cpp's convert_lora_to_gguf.py writes it and llama.cpp loads it beside a
 model (``--lora``).
 
-llama.cpp multiplies a pair by alpha / rank with one alpha for the whole file; where pairs have other scales, they are in
-their B.
+llama.cpp multiplies a pair by alpha / rank with one alpha for the whole file; where pairs have other scales, they are
+in their B.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def write_gguf(
     if adapter.settings.dora or adapter.tables:
         unsupported = "DoRA's magnitudes" if adapter.settings.dora else "modules that were trained in full"
         raise InputError(
-            f"{adapter.folder} has {unsupported}, and an adapter of llama.cpp has LoRA pairs alone; merge it without {spelled('adapter_only')}"
+            f"{adapter.folder} has {unsupported}, and an adapter of llama.cpp has LoRA pairs alone; merge it without"
+            f" {spelled('adapter_only')}"
         )
     llama_cpp = LlamaCpp(source, ADVICE)
     shapes = {tensor.entry.name: tensor.entry.shape for tensor in source.tensors()}

@@ -1,5 +1,5 @@
-"""Writes a GGUF file with the gguf package's writer, which lays out the header, and the tensors' bytes chunk by chunk, where
-that package wants a tensor whole.
+"""Writes a GGUF file with the gguf package's writer, which lays out the header, and the tensors' bytes chunk by chunk,
+where that package wants a tensor whole.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def write(
 
 
 def type_for(kind: str, shape: Sequence[int]) -> str:
-    """The type in which a tensor of `shape` is written where `kind` is wanted: of a vector float32, and float16 where rows are
-    no whole number of Q8_0's blocks.
+    """The type in which a tensor of `shape` is written where `kind` is wanted: of a vector float32, and float16 where
+    rows are no whole number of Q8_0's blocks.
     """
     if len(shape) < 2:
         return "F32"

@@ -1,8 +1,8 @@
 """A merged model as a GGUF file.
 
-From a GGUF file the metadata are copied, and every tensor that the adapter does not touch byte for byte. What it changes
-is written in the type that it had where that is no quantised one, and else in Q8_0: rounding to it changes weights by
-about 0.6 %, a twelfth of what 4 bits do, so that the adapter is not lost in it, at half the size of 16 bits.
+From a GGUF file the metadata are copied, and every tensor that the adapter does not touch byte for byte. What it
+changes is written in the type that it had where that is no quantised one, and else in Q8_0: rounding to it changes
+weights by about 0.6 %, a twelfth of what 4 bits do, so that the adapter is not lost in it, at half the size of 16 bits.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PLAIN = tuple(TYPES.values())
 def write_gguf(
     source: Source, adapter: AdapterFolder, place: Path, dtype: str | None, progress: Progress | None
 ) -> dict[str, Any]:
-    """Write the merged model to the file `place`; returns `bytes`, `files` and `types`, how many of the matrices that are no
-    copies have which type. Raises InputError for a base of whose form in llama.cpp tightfit knows nothing.
+    """Write the merged model to the file `place`; returns `bytes`, `files` and `types`, how many of the matrices that
+    are no copies have which type. Raises InputError for a base of whose form in llama.cpp tightfit knows nothing.
     """
     model = _MergedGguf(source, adapter, None if dtype is None else TYPES[dtype])
     metadata: dict[str, MetadataValue]

@@ -1,7 +1,8 @@
-"""The metadata of a GGUF file, made from a Hugging Face directory: what llama.cpp reads of a config.json and a tokenizer.json.
+"""The metadata of a GGUF file, made from a Hugging Face directory: what llama.cpp reads of a config.json and a
+tokenizer.json.
 
-For the families, rope scalings and tokenizers that tightfit reads from GGUF files. What is written is read back and has to
-be the same decoder.
+For the families, rope scalings and tokenizers that tightfit reads from GGUF files. What is written is read back and has
+to be the same decoder.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, MetadataV
     ]
     if differing:
         raise InputError(
-            f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(differing)}; {way}"
+            f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(differing)};"
+            f" {way}"
         )
 
 

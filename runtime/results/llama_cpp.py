@@ -17,15 +17,16 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 class LlamaCpp:
-    """llama.cpp's form of `source`. Raises InputError, which names the `way` out, for a family of which tightfit does not know
-    it.
+    """llama.cpp's form of `source`. Raises InputError, which names the `way` out, for a family of which tightfit does
+    not know it.
     """
 
     def __init__(self, source: Source, way: str) -> None:
         family = family_of(source.config) if handwritten(source.config) else None
         if family is None or family.gguf is None:
             raise InputError(
-                f"{source.name} is a {source.config.get('model_type')!r} model, whose form in llama.cpp tightfit does not know; {way}"
+                f"{source.name} is a {source.config.get('model_type')!r} model, whose form in llama.cpp tightfit does"
+                f" not know; {way}"
             )
         self.facts: GgufFacts = family.gguf
         self._names = {theirs: ours for ours, theirs in self.facts.names.items()}

@@ -1,5 +1,5 @@
-"""Merges an adapter into its base model: the whole model with its weights changed, in safetensors or GGUF, or the adapter
-alone in the form of llama.cpp.
+"""Merges an adapter into its base model: the whole model with its weights changed, in safetensors or GGUF, or the
+adapter alone in the form of llama.cpp.
 
 Tensor by tensor, a few MiB of rows at a time, whatever the size of the model; where PyTorch is not loaded, in a worker
 (`tightfit.profiles.worker_process`) that loads its kernels alone.
@@ -46,15 +46,16 @@ def merge(
     """Write the base model with the adapter in the folder `adapter` added to its weights; returns what was written.
 
     `format` is safetensors, for which `out` is the folder of a Hugging Face model, or gguf, for which it is a file. The
-    base is `base`, or what the run's report or the adapter_config.json names; its values are those of its files, unpacked
-    where they are quantised, and not as a run rounded them. `dtype` (float32, bfloat16, float16; in GGUF also q8_0) is that
-    of all tensors in safetensors, in GGUF of those that the adapter changes; by default they keep the type that the base
-    has, and what was quantised becomes what its config.json names, or q8_0 in GGUF. `adapter_only` writes the LoRA pairs
-    alone in the form that llama.cpp loads beside a model.
+    base is `base`, or what the run's report or the adapter_config.json names; its values are those of its files,
+    unpacked where they are quantised, and not as a run rounded them. `dtype` (float32, bfloat16, float16; in GGUF also
+    q8_0) is that of all tensors in safetensors, in GGUF of those that the adapter changes; by default they keep the
+    type that the base has, and what was quantised becomes what its config.json names, or q8_0 in GGUF. `adapter_only`
+    writes the LoRA pairs alone in the form that llama.cpp loads beside a model.
 
-    The result has `out`, `format`, `base`, `adapted` (number of tensors that were changed), `bytes`, `files`, `seconds`,
-    `peak_bytes` (VmHWM of the process that merged), where a process was started for it `predicted_bytes`, and `note`: what differs from what training saw. Raises InputError for what does
-    not fit together or cannot be written in this form, RunError where the disk is full; then nothing is left at `out`.
+    The result has `out`, `format`, `base`, `adapted` (number of tensors that were changed), `bytes`, `files`,
+    `seconds`, `peak_bytes` (VmHWM of the process that merged), where a process was started for it `predicted_bytes`,
+    and `note`: what differs from what training saw. Raises InputError for what does not fit together or cannot be
+    written in this form, RunError where the disk is full; then nothing is left at `out`.
     """
     start = time.perf_counter()
     _check_options(format, dtype, adapter_only=adapter_only)
@@ -89,8 +90,8 @@ def merge(
     adapter_tensors = AdapterFolder(folder, source.config.get("adapter_body", BODY))
     if format == "gguf" and adapter_tensors.settings.experts:
         raise InputError(
-            f"{folder}: has pairs for experts, which are not written in GGUF; merge it without {spelled('format', 'gguf')} and convert"
-            " the result with llama.cpp's convert_hf_to_gguf.py"
+            f"{folder}: has pairs for experts, which are not written in GGUF; merge it without"
+            f" {spelled('format', 'gguf')} and convert the result with llama.cpp's convert_hf_to_gguf.py"
         )
     with _one_thread():
         if format == "safetensors":
@@ -117,7 +118,9 @@ def merge(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Blocks are small and the disk is the limit: where the cores are busy, sharing each operation out takes ten times as long."""
+    """Blocks are small and the disk is the limit: where the cores are busy, sharing each operation out takes ten times
+    as long.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -137,7 +140,8 @@ def _check_options(form: str, dtype: str | None, *, adapter_only: bool) -> None:
         raise InputError(f"{spelled('format')} {form!r} is not known; choose one of {', '.join(FORMATS)}")
     if adapter_only and form != "gguf":
         raise InputError(
-            f"{spelled('adapter_only')}: the folder of the adapter is in safetensors already; give {spelled('format', 'gguf')} as well"
+            f"{spelled('adapter_only')}: the folder of the adapter is in safetensors already; give"
+            f" {spelled('format', 'gguf')} as well"
         )
     allowed = ("float32", "float16") if adapter_only else DTYPES[form]
     if dtype is not None and dtype not in allowed:

@@ -61,7 +61,9 @@ def _chunks(item: TensorItem, counted: WriteProgress) -> Iterator[memoryview | b
 
 
 def _companion_files(source: Source) -> Callable[[Path], None]:
-    """Writes what a Hugging Face directory has beside config and weights: tokenizer, chat templates, defaults for generation."""
+    """Writes what a Hugging Face directory has beside config and weights: tokenizer, chat templates, defaults for
+    generation.
+    """
     if source.kind == "gguf":
         from tightfit.runtime.results.directory_of_gguf import vocabulary_files
 

@@ -1,4 +1,6 @@
-"""Where a result is written: under a temporary name beside its place, then renamed, so that it is never there in part."""
+"""Where a result is written: under a temporary name beside its place, then renamed, so that it is never there in
+part.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def adapter_folder(folder: Path) -> Path:
 
 
 def check_replaceable(place: Path, *, folder: bool, overwrite: bool) -> None:
-    """Raise InputError if the result cannot be put at `place`: something is there already, which `overwrite` does not replace
-    either if it is no result of this kind.
+    """Raise InputError if the result cannot be put at `place`: something is there already, which `overwrite` does not
+    replace either if it is no result of this kind.
     """
     if not os.path.lexists(place) or (folder and place.is_dir() and not any(place.iterdir())):
         return
@@ -42,7 +44,8 @@ def check_replaceable(place: Path, *, folder: bool, overwrite: bool) -> None:
         raise InputError(f"{place} is no file, and a GGUF model is one; name another place with -o")
     if folder and (foreign := _foreign_name(place)):
         raise InputError(
-            f"{place} holds {foreign}, which no merge leaves there and {spelled('overwrite', True)} would remove; name another place"
+            f"{place} holds {foreign}, which no merge leaves there and {spelled('overwrite', True)} would remove; name"
+            " another place"
         )
 
 
@@ -56,8 +59,8 @@ def _foreign_name(folder: Path) -> str | None:
 
 @contextmanager
 def atomic_output(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
-    """Yields a temporary path for a folder (which is made) or a file; what the block left there then gets the name `place`, in
-    whose place nothing is left if the block fails.
+    """Yields a temporary path for a folder (which is made) or a file; what the block left there then gets the name
+    `place`, in whose place nothing is left if the block fails.
 
     `size` bytes are to be written. Raises RunError where the disk has not so many left, or fills up.
     """
@@ -68,8 +71,8 @@ def atomic_output(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
         disk = os.statvfs(place.parent)
         if (free := disk.f_bavail * disk.f_frsize) < size:
             raise RunError(
-                f"{place}: {format_size(size)} are to be written and {format_size(free)} are free; free some space, or name another"
-                " place with -o"
+                f"{place}: {format_size(size)} are to be written and {format_size(free)} are free; free some space, or"
+                " name another place with -o"
             )
         if folder:
             temporary.mkdir()

@@ -73,8 +73,8 @@ class MergedTensors:
                     continue
                 if tensor is None and quantised and kind not in PUBLISHED:
                     raise InputError(
-                        f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that tightfit reads; use"
-                        " the model's 16-bit weights"
+                        f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that"
+                        " tightfit reads; use the model's 16-bit weights"
                     )
                 if tensor is None or tensor.stored is None or not tensor.stored.parts:
                     yield self._of_file(file, key, tensor)
@@ -83,8 +83,8 @@ class MergedTensors:
                     yield self._of_source(tensor, tensor.stored.key, self._unpacked)
 
     def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None, first: int = 0) -> TensorItem:
-        """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing; `first`: which row of ours its
-        first one is.
+        """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing; `first`: which
+        row of ours its first one is.
         """
         kind, shape = file.tensors[key]
         file_dtype = _OWN_NAMES.get(kind)
@@ -177,8 +177,8 @@ def check_weights(adapter: AdapterFolder, tensors: Iterable[str]) -> None:
     for name in adapter.weights:
         if name not in known:
             raise InputError(
-                f"{adapter.folder}: the base has no {name}, which the adapter changes; give the base that the adapter was trained"
-                f" on with {spelled('base')}"
+                f"{adapter.folder}: the base has no {name}, which the adapter changes; give the base that the adapter"
+                f" was trained on with {spelled('base')}"
             )
 
 

@@ -33,7 +33,8 @@ def check_kind(plan: object) -> None:
     """Raise InputError if `plan` is not a Plan but, for example, the name of its file."""
     if not isinstance(plan, Plan):
         raise InputError(
-            f"{reprlib.repr(plan)} is no plan; give what `tightfit.plan` returns, or `tightfit.load_plan` for a file's name"
+            f"{reprlib.repr(plan)} is no plan; give what `tightfit.plan` returns, or `tightfit.load_plan` for a file's"
+            " name"
         )
 
 
@@ -43,23 +44,26 @@ def check_seat(plan: Plan, seat: Seat | None) -> None:
     passes = passes_messages(plan.programs)
     if passes and seat is None and (plan.optimizer.get("name") == MOBILLM or CONFIG_KEY in plan.model.config):
         raise InputError(
-            f"this plan is one part of {MOBILLM}, a device's or a server's, and the other one has to run beside it; plan both with"
-            f" `tightfit fleet plan --kind {MOBILLM}` and run the fleet: `tightfit fleet run`"
+            f"this plan is one part of {MOBILLM}, a device's or a server's, and the other one has to run beside it;"
+            f" plan both with `tightfit fleet plan --kind {MOBILLM}` and run the fleet: `tightfit fleet run`"
         )
     if passes and seat is None:
         raise InputError(
-            "this is the plan of one member of a pipeline, which computes some of the layers; run the fleet: `tightfit fleet run`"
+            "this is the plan of one member of a pipeline, which computes some of the layers; run the fleet: `tightfit"
+            " fleet run`"
         )
     if exchanges and seat is None:
         raise InputError(
-            "this is the plan of one member of a fleet, which makes no update by itself; run the fleet: `tightfit fleet run`"
+            "this is the plan of one member of a fleet, which makes no update by itself; run the fleet: `tightfit fleet"
+            " run`"
         )
     if seat is not None and passes != seat.in_turn:
         planned, needed = (
             ("a pipeline", "a fleet that exchanges gradients") if passes else ("another fleet", "a pipeline")
         )
         raise InputError(
-            f"member {seat.members[seat.rank]!r} has a plan that was made for {planned}, not for {needed}; plan the fleet again"
+            f"member {seat.members[seat.rank]!r} has a plan that was made for {planned}, not for {needed}; plan the"
+            " fleet again"
         )
     if seat is not None and not exchanges and not seat.in_turn:
         raise InputError(
@@ -83,22 +87,25 @@ def check_fleet_options(options: TrainingOptions) -> None:
 
 
 def check_machine(plan: Plan | Profile) -> None:
-    """Raise InputError for a plan, or a profile, of a bare graph, with estimated times, or for another device, thread count or
-    PyTorch.
+    """Raise InputError for a plan, or a profile, of a bare graph, with estimated times, or for another device, thread
+    count or PyTorch.
     """
     if plan.model.is_bare_graph:
         raise InputError(
-            f"the plan is of a bare graph ({plan.model.name}), which says how long operators take and not what they compute;"
-            " it can be planned, compared and simulated, run a plan of a model that `tightfit profile` measured"
+            f"the plan is of a bare graph ({plan.model.name}), which says how long operators take and not what they"
+            " compute; it can be planned, compared and simulated, run a plan of a model that `tightfit profile`"
+            " measured"
         )
     device = plan.device
     if device.kind != "cpu":
         raise InputError(
-            f"the plan is for a {device.kind} device ({device.name}); this runtime executes plans for cpu, profile this machine"
+            f"the plan is for a {device.kind} device ({device.name}); this runtime executes plans for cpu, profile this"
+            " machine"
         )
     if not device.measured:
         raise InputError(
-            f"the plan's times and floor are estimated for {device.name}, not measured on this machine; profile without {spelled('device')} here and plan again"
+            f"the plan's times and floor are estimated for {device.name}, not measured on this machine; profile without"
+            f" {spelled('device')} here and plan again"
         )
     cores = our_cores()
     if device.threads > cores:
@@ -107,17 +114,19 @@ def check_machine(plan: Plan | Profile) -> None:
         )
     if device.floor.tables_on_disk and not page_out.library(cache_directory()):
         raise InputError(
-            f"the plan counts on a file in {cache_directory()} that holds what PyTorch's start leaves, and none can be made there"
-            " (a folder on a disk that takes files is needed, and a C compiler); profile and plan again"
+            f"the plan counts on a file in {cache_directory()} that holds what PyTorch's start leaves, and none can be"
+            " made there (a folder on a disk that takes files is needed, and a C compiler); profile and plan again"
         )
     if device.floor.cuda_stubs and not cuda_stubs.folder(cache_directory()):
         raise InputError(
-            f"the plan counts on stubs in {cache_directory()} that are loaded in the place of PyTorch's CUDA libraries, and none can be"
-            " made there (a folder is needed that takes files and lets libraries be loaded); profile and plan again"
+            f"the plan counts on stubs in {cache_directory()} that are loaded in the place of PyTorch's CUDA libraries,"
+            " and none can be made there (a folder is needed that takes files and lets libraries be loaded); profile"
+            " and plan again"
         )
     if device.torch_version and device.torch_version != (present_torch := installed_version()):
         raise InputError(
-            f"the plan was made with torch {device.torch_version} and torch {present_torch} is installed; profile and plan again"
+            f"the plan was made with torch {device.torch_version} and torch {present_torch} is installed; profile and"
+            " plan again"
         )
 
 
@@ -161,12 +170,14 @@ def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     store = read_header(path)
     if plan.model.store_fingerprint and (fingerprint := store.fingerprint) != plan.model.store_fingerprint:
         raise InputError(
-            f"{path} holds other weights than the plan was made for (fingerprint {fingerprint[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
+            f"{path} holds other weights than the plan was made for (fingerprint {fingerprint[:12]}, planned"
+            f" {plan.model.store_fingerprint[:12]}); profile and plan again"
         )
     for tensor in plan.tensors:
         if tensor.kind == "weight" and (packed := packed_bytes(store.entries, tensor.name)) != tensor.packed_bytes:
             raise InputError(
-                f"{path}: {tensor.name} is packed in {packed} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
+                f"{path}: {tensor.name} is packed in {packed} bytes and the plan expects {tensor.packed_bytes}; the"
+                " plan is for another model, profile and plan again"
             )
     return path
 

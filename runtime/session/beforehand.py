@@ -1,5 +1,6 @@
-"""What can be refused before anything is measured, for whatever profiles, plans and runs in one go: options that the plan or the run
-would refuse later, and data of a kind that the model does not take. What is in the data, `tightfit.runtime.data.sequence` reads first.
+"""What can be refused before anything is measured, for whatever profiles, plans and runs in one go: options that the
+plan or the run would refuse later, and data of a kind that the model does not take. What is in the data,
+`tightfit.runtime.data.sequence` reads first.
 
 Imports neither PyTorch nor NumPy: the memory of reading data, which comes next, counts against the budget.
 """
@@ -31,7 +32,9 @@ def check_beforehand(
     planning: PlanOptions,
     training: RunOptions,
 ) -> None:
-    """Raise InputError for what the plan or the run of `model` would refuse, as far as that can be told without a profile."""
+    """Raise InputError for what the plan or the run of `model` would refuse, as far as that can be told without a
+    profile.
+    """
     check_policy(planning.policy or "solver")
     training.check_end()
     check_held_out(training)
@@ -68,8 +71,8 @@ def check_data(data: Data, columns: Mapping[str, str] | None, *, module: bool) -
 
 
 def optimizer_settings(name: str, options: TrainingOptions) -> dict[str, Any]:
-    """Those settings of the optimizer `name` that `options` give and not all optimizers have. Raises InputError for one that it
-    does not have.
+    """Those settings of the optimizer `name` that `options` give and not all optimizers have. Raises InputError for one
+    that it does not have.
     """
     optimizer = OPTIMIZERS[name]
     betas: tuple[float, float] | None = getattr(optimizer, "betas", None)
@@ -78,7 +81,8 @@ def optimizer_settings(name: str, options: TrainingOptions) -> dict[str, Any]:
         value = getattr(options, option)
         if value is not None and not available.get(option, hasattr(optimizer, option)):
             raise InputError(
-                f"{spelled(option)} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with another optimizer"
+                f"{spelled(option)} {value:g}: the plan's optimizer, {name}, has none; leave it out, or plan with"
+                " another optimizer"
             )
     settings: dict[str, Any] = {key: getattr(options, key) for key in SINGLE if getattr(options, key) is not None}
     if betas is not None:

@@ -41,8 +41,8 @@ class Membership:
 
 
 def member_options(options: RunOptions, fleet: AnyStepFleet, member: Membership) -> RunOptions:
-    """The options of a fleet's run for one member, which has a folder of its own in theirs. Of members that each have the whole model
-    only the first evaluates, of those that have parts of it all do.
+    """The options of a fleet's run for one member, which has a folder of its own in theirs. Of members that each have
+    the whole model only the first evaluates, of those that have parts of it all do.
     """
     evaluates = fleet.kind == "pipeline" or member.name == fleet.chain[0].name
     held_out = options.eval_data if evaluates else None
@@ -59,8 +59,9 @@ def membership(
 ) -> Membership:
     """The membership of the member called `name`, which meets the others at `address` and `port`.
 
-    `key`: the file with the fleet's key, beside its plan; `timeout`: seconds to wait for the others, by default ten steps and at least ten minutes. Raises InputError for a
-    name that the fleet lacks, and for a member that takes no part.
+    `key`: the file with the fleet's key, beside its plan; `timeout`: seconds to wait for the others, by default ten
+    steps and at least ten minutes. Raises InputError for a name that the fleet lacks, and for a member that takes no
+    part.
     """
     chain = fleet.chain
     names = [member.name for member in chain]
@@ -119,7 +120,9 @@ def membership(
 
 
 def address_of(option: str, text: str, port: int = PORT) -> tuple[str, int]:
-    """The host and port of HOST[:PORT], as `option` has it; `port` where it names none. Raises InputError for anything else."""
+    """The host and port of HOST[:PORT], as `option` has it; `port` where it names none. Raises InputError for anything
+    else.
+    """
     host, colon, number = text.rpartition(":")
     if not colon:
         return text, port

@@ -41,14 +41,14 @@ class GivenAdapter:
 def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
     """The adapter in the folder `directory`, which has to hold what `plan` trains and nothing else.
 
-    Raises InputError for a plan that trains no adapter, settings that tightfit does not have or the plan has otherwise, a file that
-    is missing, damaged or no safetensors file, for tensors of other names, shapes or types than the plan's, and for values that
-    are no finite numbers.
+    Raises InputError for a plan that trains no adapter, settings that tightfit does not have or the plan has otherwise,
+    a file that is missing, damaged or no safetensors file, for tensors of other names, shapes or types than the plan's,
+    and for values that are no finite numbers.
     """
     if not plan.model.lora:
         raise InputError(
-            f"{spelled('adapter')} {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave out the adapter,"
-            f" or profile with {spelled('lora_rank')}"
+            f"{spelled('adapter')} {directory}: the plan trains {plan.model.name} itself and no adapter of it; leave"
+            f" out the adapter, or profile with {spelled('lora_rank')}"
         )
     check_planned(directory, plan.model.lora, layers_with_pairs(plan))
     path = directory / adapter.WEIGHTS
@@ -74,8 +74,8 @@ def layers_with_pairs(plan: Plan) -> list[str]:
 
 
 def saved_shapes(plan: Plan) -> dict[str, list[int]]:
-    """The shape of every tensor in an adapter of `plan`, by its key. The slices of a module that is trained in full are saved
-    as one tensor.
+    """The shape of every tensor in an adapter of `plan`, by its key. The slices of a module that is trained in full are
+    saved as one tensor.
     """
     body = plan.model.config.get("adapter_body", adapter.BODY)
     shapes: dict[str, list[int]] = {}
@@ -118,8 +118,8 @@ def _check_tensors(path: Path, file: BinaryIO, shapes: dict[str, list[int]]) -> 
     for name, (dtype, shape, (begin, stop)) in entries.items():
         if shape != shapes[name] or dtype != FLOAT32:
             raise InputError(
-                f"{path}: {name} is {dtype} {shape} and the plan trains {FLOAT32} {shapes[name]}; give an adapter of the same"
-                " rank, saved in float32"
+                f"{path}: {name} is {dtype} {shape} and the plan trains {FLOAT32} {shapes[name]}; give an adapter of"
+                " the same rank, saved in float32"
             )
         if begin < 0 or stop - begin != 4 * math.prod(shape) or start + stop > end:
             raise InputError(f"{path}: cut off or damaged in {name}; copy the adapter again")

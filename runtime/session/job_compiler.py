@@ -327,8 +327,9 @@ def _header(
 
 
 def _routed(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> list[int]:
-    """The entries of `tightfit.runtime.engine.training.routing.Routing`: for matrices of experts that are read anew in every step,
-    each by the operators of one layer, and of one set of rows, whose experts' numbers are a tensor of their own.
+    """The entries of `tightfit.runtime.engine.training.routing.Routing`: for matrices of experts that are read anew in
+    every step, each by the operators of one layer, and of one set of rows, whose experts' numbers are a tensor of their
+    own.
     """
     places, programs = _positions(_of_kind(plan, "weight")), {program.name: program for program in plan.programs}
     found: dict[int, tuple[int, int, int]] = {}

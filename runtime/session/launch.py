@@ -54,24 +54,25 @@ Data: TypeAlias = "str | os.PathLike[str] | Iterable[Sequence[torch.Tensor | Seq
 
 @keywords_of(RunOptions)
 def run(plan: Plan, data: Data, options: RunOptions) -> dict[str, Any]:
-    """Train `steps` steps, or `epochs` times the data, as planned, under the plan's budget; returns the report, also written
-    to ``out/report.json``.
+    """Train `steps` steps, or `epochs` times the data, as planned, under the plan's budget; returns the report, also
+    written to ``out/report.json``.
 
     `steps` must be a multiple of the steps of an update; those of `epochs` are rounded up to one. `data` is a file or
-    directory of samples (`tightfit.runtime.data.samples`), ``random``,
-    or, for a module, an iterable of batches (tuples of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all of an
-    iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
-    after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With `packing`, samples
-    of a language model share the rows of batches, in training and evaluations, and positions and attention stay inside each;
-    models that do not allow it say why in the report, and have a row for each sample. With `eval_data`, which
-    must end, the model is evaluated before and after training, and with `eval_every` also after every so many steps, or
-    epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in ``out/best``, and `early_stopping`
-    ends the run after so many evaluations in a row that were no better than the best. `cgroup=False`
-    leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
-    already returns its report and changes nothing, except that it evaluates on other `eval_data`. `member` (`tightfit.runtime.session.fleet.membership`) says which member of a fleet runs its plan here;
-    `steps` then counts the micro-batches of all members. `adapter` is a folder with the adapter that training starts
-    from, as PEFT has it, with the optimizer's states at zero; without it, training starts from PEFT's initial values. `tokens`
-    is for `tightfit.runtime.session.train`: a folder in which it may have kept these data as tokens, removed once they are
+    directory of samples (`tightfit.runtime.data.samples`), ``random``, or, for a module, an iterable of batches (tuples
+    of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all
+    of an iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting
+    again after the last. `columns` says what the data call a sample's parts: ``{"prompt": "question"}``. With
+    `packing`, samples of a language model share the rows of batches, in training and evaluations, and positions and
+    attention stay inside each; models that do not allow it say why in the report, and have a row for each sample. With
+    `eval_data`, which must end, the model is evaluated before and after training, and with `eval_every` also after
+    every so many steps, or epochs (``"1 epoch"``); `keep_best` then keeps the result of the best evaluation in
+    ``out/best``, and `early_stopping` ends the run after so many evaluations in a row that were no better than the
+    best. `cgroup=False` leaves enforcing the cap to the training process's own meter. With `resume`, a run that has
+    taken all `steps` already returns its report and changes nothing, except that it evaluates on other `eval_data`.
+    `member` (`tightfit.runtime.session.fleet.membership`) says which member of a fleet runs its plan here; `steps` then
+    counts the micro-batches of all members. `adapter` is a folder with the adapter that training starts from, as PEFT
+    has it, with the optimizer's states at zero; without it, training starts from PEFT's initial values. `tokens` is for
+    `tightfit.runtime.session.train`: a folder in which it may have kept these data as tokens, removed once they are
     prepared.
 
     Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a
@@ -147,7 +148,8 @@ def prepared(
         epoch_steps = _epoch_steps(plan, train, options) if train else None
         if train is None and options.epochs is not None:
             raise InputError(
-                f"{spelled('epochs')} {options.epochs:g}: a server has no data, of which an epoch would be; give {spelled('steps')}"
+                f"{spelled('epochs')} {options.epochs:g}: a server has no data, of which an epoch would be; give"
+                f" {spelled('steps')}"
             )
         in_steps = options.over(epoch_steps, of_update=seat.micro_batches if seat else plan.accumulate)
         if options.resume and steps is None and in_steps.steps is not None:

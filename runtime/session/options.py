@@ -90,7 +90,8 @@ class UpdateOptions(RateOptions):
     )
     eps: float | None = option(
         None,
-        "Added to the root of the second moment: 1e-8 unless given (adamw, adam); of adafactor its smallest root, 1.2e-7.",
+        "Added to the root of the second moment: 1e-8 unless given (adamw, adam); of adafactor its smallest root,"
+        " 1.2e-7.",
         ge=0,
         le=LARGEST_SETTING,
     )
@@ -102,7 +103,8 @@ class UpdateOptions(RateOptions):
     )
     beta2_decay: float | None = option(
         None,
-        "Exponent of an update's number that is the share of its gradient in the second moment: -0.8 unless given (adafactor).",
+        "Exponent of an update's number that is the share of its gradient in the second moment: -0.8 unless given"
+        " (adafactor).",
         le=0,
     )
     clip_threshold: float | None = option(
@@ -123,8 +125,8 @@ class RehearsalOptions(Options):
 
     rehearse: bool = option(
         True,
-        "Carry the plan out for a few steps on made-up data, where its device is this machine: what they take is what a step is"
-        " expected to take, and what they teach may make another plan.",
+        "Carry the plan out for a few steps on made-up data, where its device is this machine: what they take is what a"
+        " step is expected to take, and what they teach may make another plan.",
     )
     wait: bool = option(
         True,
@@ -155,8 +157,8 @@ class DataOptions(Options):
 class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
     """What decides how a run trains.
 
-    `tightfit run`, `tightfit fleet run`, the service's `/v1/runs` and the form on its page have the fields that are made
-    by `option`. Raises InputError for options that exclude or need each other, too.
+    `tightfit run`, `tightfit fleet run`, the service's `/v1/runs` and the form on its page have the fields that are
+    made by `option`. Raises InputError for options that exclude or need each other, too.
     """
 
     schedule: Schedule = option("constant", "Course of the learning rate: constant, linear or cosine.", primary=True)
@@ -205,16 +207,19 @@ class TrainingOptions(DataOptions, UpdateOptions, LengthOptions):
             raise InputError(f"{spelled('steps', self.steps)} and {spelled('epochs', self.epochs)}: give one of them")
         if self.warmup_steps and self.warmup_ratio is not None:
             raise InputError(
-                f"{spelled('warmup_steps', self.warmup_steps)} and {spelled('warmup_ratio', self.warmup_ratio)}: give one of them"
+                f"{spelled('warmup_steps', self.warmup_steps)} and {spelled('warmup_ratio', self.warmup_ratio)}: give"
+                " one of them"
             )
         if self.min_lr_ratio and self.schedule == "constant":
             raise InputError(
-                f"{spelled('min_lr_ratio')} {self.min_lr_ratio:g}: the constant schedule does not fall; choose linear or cosine"
+                f"{spelled('min_lr_ratio')} {self.min_lr_ratio:g}: the constant schedule does not fall; choose linear"
+                " or cosine"
             )
         for name in ("keep_best", "early_stopping"):
             if getattr(self, name) and self.eval_every is None:
                 raise InputError(
-                    f"{spelled(name)}: there is one evaluation, after the last step; give {spelled('eval_every')}, the steps between evaluations"
+                    f"{spelled(name)}: there is one evaluation, after the last step; give {spelled('eval_every')}, the"
+                    " steps between evaluations"
                 )
         return self
 
@@ -272,7 +277,8 @@ class EarlierRunOptions(Options):
     def _one_of_them(self) -> Self:
         if self.resume and self.overwrite:
             raise InputError(
-                f"{spelled('resume')} goes on from what lies in the folder, {spelled('overwrite')} replaces it: give one of them"
+                f"{spelled('resume')} goes on from what lies in the folder, {spelled('overwrite')} replaces it: give"
+                " one of them"
             )
         return self
 
@@ -293,7 +299,10 @@ class RunOptions(OutputOptions, TrainingOptions):
     eval_data: PathText | Path | Batches | None = option(
         None,
         "Held-out data, evaluated before and after.",
-        over_http="Held-out data, evaluated before the first step and after the last, and every eval_every steps: a file or folder under an allowed root.",
+        over_http=(
+            "Held-out data, evaluated before the first step and after the last, and every eval_every steps: a file or"
+            " folder under an allowed root."
+        ),
         label="Held-out data",
         word="--eval",
         metavar="DIR|FILE",
@@ -302,7 +311,9 @@ class RunOptions(OutputOptions, TrainingOptions):
     adapter: PathText | Path | None = option(
         None,
         "Start from the adapter in this folder, as a run leaves it, instead of a new one.",
-        over_http="Start from the adapter in this folder under an allowed root, of the plan's settings, instead of a new one.",
+        over_http=(
+            "Start from the adapter in this folder under an allowed root, of the plan's settings, instead of a new one."
+        ),
         label="Start from an adapter",
         metavar="DIR",
         primary=True,

@@ -40,8 +40,8 @@ ENDING_SECONDS = 2.0
 
 @contextmanager
 def locked(directory: Path, held: int | None = None) -> Iterator[int]:
-    """Make the output directory and lock it against other runs; yields the descriptor that holds the lock. `held` is that of a lock
-    which this process had before it became another program.
+    """Make the output directory and lock it against other runs; yields the descriptor that holds the lock. `held` is
+    that of a lock which this process had before it became another program.
 
     The lock is released when the block ends, or ends with a TightfitError. After any other exception it lasts until the
     processes that inherited the descriptor have closed it. Raises InputError if the directory cannot be made or
@@ -71,8 +71,8 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock the folder of a descriptor; False: another process still holds the lock after `ENDING_SECONDS`. Raises OSError where the file
-    system has no locks.
+    """Lock the folder of a descriptor; False: another process still holds the lock after `ENDING_SECONDS`. Raises
+    OSError where the file system has no locks.
     """
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
@@ -107,11 +107,11 @@ def is_locked(directory: Path) -> bool:
 
 @contextmanager
 def tokens_kept(directory: Path, *, begun: bool = False) -> Iterator[Path]:
-    """A folder in which tokenised data may be kept from when the length of a sequence is chosen until the run has prepared
-    its data (`tightfit.runtime.session.launch.prepared` then removes it).
+    """A folder in which tokenised data may be kept from when the length of a sequence is chosen until the run has
+    prepared its data (`tightfit.runtime.session.launch.prepared` then removes it).
 
-    It begins empty, whatever a call that was killed left there, unless it has `begun` in an earlier program of this process, and is
-    removed if the block ends with an exception.
+    It begins empty, whatever a call that was killed left there, unless it has `begun` in an earlier program of this
+    process, and is removed if the block ends with an exception.
     """
     folder = directory / TOKENS
     if not begun:
@@ -164,12 +164,14 @@ def to_be_replaced(
     try:
         if os.path.lexists(data := directory / "data") and not data.is_dir():
             raise InputError(
-                f"{data} is no folder, and a run keeps its prepared data in one of that name; move it away, or choose another output directory"
+                f"{data} is no folder, and a run keeps its prepared data in one of that name; move it away, or choose"
+                " another output directory"
             )
         for folder in (directory / name for name in OURS):
             if not resume and folder.is_dir() and (foreign := _foreign_file(folder)):
                 raise InputError(
-                    f"{folder} holds {foreign}, which no run leaves there and {spelled('overwrite', True)} would remove; move it away, or choose another output directory"
+                    f"{folder} holds {foreign}, which no run leaves there and {spelled('overwrite', True)} would"
+                    " remove; move it away, or choose another output directory"
                 )
         earlier = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
@@ -181,12 +183,14 @@ def to_be_replaced(
                 else "it has no checkpoint to go on from, "
             )
             raise InputError(
-                f"{directory} holds an earlier run ({earlier[0].name}); {advice}replace it with {spelled('overwrite', True)}, or choose another directory"
+                f"{directory} holds an earlier run ({earlier[0].name}); {advice}replace it with"
+                f" {spelled('overwrite', True)}, or choose another directory"
             )
         if resume and not checkpoints and not elsewhere:
             advice = f"give {spelled('overwrite', True)} in place of" if earlier else "leave out"
             raise InputError(
-                f"{directory} holds no checkpoint to resume from; {advice} {spelled('resume', True)} to start from the beginning"
+                f"{directory} holds no checkpoint to resume from; {advice} {spelled('resume', True)} to start from the"
+                " beginning"
             )
         if resume and steps is not None:
             check_reached(directory, steps)
@@ -202,13 +206,14 @@ def check_reached(directory: Path, steps: int) -> None:
     checkpoints = find_checkpoints(str(directory))
     if checkpoints and (reached := checkpoints[-1][0]) > steps:
         raise InputError(
-            f"{spelled('steps')} {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
+            f"{spelled('steps')} {steps}: the run in {directory} has reached step {reached}; give at least {reached},"
+            " or choose another directory"
         )
 
 
 def _foreign_file(folder: Path) -> str | None:
-    """A file name in one of the folders `OURS` that no run makes there, so that it may be somebody's model; None if there
-    is none.
+    """A file name in one of the folders `OURS` that no run makes there, so that it may be somebody's model; None if
+    there is none.
 
     Hidden files do not count.
     """
@@ -225,8 +230,8 @@ def remove(paths: Iterable[Path]) -> None:
 def finished_report(
     directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, name: str
 ) -> tuple[dict[str, Any] | None, bool]:
-    """The report of the run in `directory` if it has taken all its steps already, or has ended early because its evaluations
-    were no better any more, and whether it was evaluated.
+    """The report of the run in `directory` if it has taken all its steps already, or has ended early because its
+    evaluations were no better any more, and whether it was evaluated.
 
     `train` and `evaluation` are this run's prepared data files; `name` names the training data in messages. The second
     value says whether both evaluations, before and after, were made on the data in `evaluation`, or none is wanted.

@@ -22,12 +22,12 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
     `name`.
 
     For a module, `batch` has the shapes and dtypes that it was profiled with; tensors that it does not use are left
-    out; float16 and bfloat16 stand for float32, float64 is refused. Where its factory gave a loss_fn, `batch` is (inputs, targets), either of them a tensor or a tuple of tensors. For
-    a language model, `batch` is (input_ids, labels) or input_ids alone, as transformers takes them: integers
-    [rows, tokens] of at most the planned shape, padded on the right; labels[t] is the token at place t, or -100 to
-    predict nothing there. Each row is one sample, unless the batch is (input_ids, labels, positions), whose positions begin
-    again from 0 with each sample of a row. The result is int64 [batch, seq], and its labels are shifted to the place that
-    predicts them.
+    out; float16 and bfloat16 stand for float32, float64 is refused. Where its factory gave a loss_fn, `batch` is
+    (inputs, targets), either of them a tensor or a tuple of tensors. For a language model, `batch` is (input_ids,
+    labels) or input_ids alone, as transformers takes them: integers [rows, tokens] of at most the planned shape, padded
+    on the right; labels[t] is the token at place t, or -100 to predict nothing there. Each row is one sample, unless
+    the batch is (input_ids, labels, positions), whose positions begin again from 0 with each sample of a row. The
+    result is int64 [batch, seq], and its labels are shifted to the place that predicts them.
 
     Raises InputError for other tensors.
     """
@@ -38,7 +38,8 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
         batch, given_inputs = flat_batch(batch, name)
         if given_inputs != inputs:
             raise InputError(
-                f"{name} has {given_inputs} inputs, the module takes {inputs}; give (inputs, targets) as the factory does"
+                f"{name} has {given_inputs} inputs, the module takes {inputs}; give (inputs, targets) as the factory"
+                " does"
             )
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
@@ -74,16 +75,16 @@ def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
     positions = batch[2] if len(batch) == 3 else torch.arange(ids.shape[1]).expand(ids.shape)
     if ids.shape != labels.shape or ids.shape != positions.shape or ids.shape[0] > rows or not 1 <= ids.shape[1] <= seq:
         raise InputError(
-            f"{name} has tensors {given}, the plan was made for at most {rows} rows of {seq} tokens, labels like input_ids;"
-            f" cut the batch, or profile with another {spelled('batch')} and {spelled('seq')}"
+            f"{name} has tensors {given}, the plan was made for at most {rows} rows of {seq} tokens, labels like"
+            f" input_ids; cut the batch, or profile with another {spelled('batch')} and {spelled('seq')}"
         )
     ids, labels, positions = ids.long(), labels.long(), positions.long()
     has_positions = any(tensor.kind == "batch" and tensor.name == POSITIONS for tensor in plan.tensors)
     starts = positions == 0
     if not bool(starts[:, 0].all() and (starts[:, 1:] | (positions[:, 1:] == positions[:, :-1] + 1)).all()):
         raise InputError(
-            f"{name} has 3 tensors, and the third are no positions: they are counted from 0 in each sample of a row, one sample"
-            " after the other"
+            f"{name} has 3 tensors, and the third are no positions: they are counted from 0 in each sample of a row,"
+            " one sample after the other"
         )
     if not has_positions and bool(starts[:, 1:].any()):
         why = plan.model.rows_apart or "it has no attention"

@@ -1,9 +1,9 @@
 """Carries a plan out for a few steps on made-up data, before it is trusted.
 
-What its steps took is what a step is expected to take (`Plan.expected_seconds`). `rehearsed` learns from it by which factors the
-profile's seconds differ, and by how many bytes its floor (`tightfit.profiles.learned`). It makes the plan anew where another one may be
-faster with these factors, or where the plan held more than it says. Steps are timed instruction by instruction
-(`tightfit.runtime.engine.training.step_trace`); the peak is the kernel's.
+What its steps took is what a step is expected to take (`Plan.expected_seconds`). `rehearsed` learns from it by which
+factors the profile's seconds differ, and by how many bytes its floor (`tightfit.profiles.learned`). It makes the plan
+anew where another one may be faster with these factors, or where the plan held more than it says. Steps are timed
+instruction by instruction (`tightfit.runtime.engine.training.step_trace`); the peak is the kernel's.
 """
 
 from __future__ import annotations
@@ -57,15 +57,21 @@ from tightfit.runtime.supervision.supervisor import Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
 MOST_ROUNDS = 6
-"""rehearsals of one call, if every plan holds more than it says; a plan that another may be faster than is made anew once"""
+"""rehearsals of one call, if every plan holds more than it says; a plan that another may be faster than is made anew
+once
+"""
 WORTH = 0.05
 """share of a step by which another plan may be faster, from which on the plan is made anew"""
 TRACED = 3
 """steps that are timed, after the first, which faults memory in and builds kernels"""
 ROOM = (0.25, 64 << 20)
-"""Share and bytes by which a rehearsal's cap is above the budget, so that a plan which holds too much can be measured."""
+"""Share and bytes by which a rehearsal's cap is above the budget, so that a plan which holds too much can be
+measured.
+"""
 TAKEN_BACK = 0.1
-"""Share of a cgroup's limit that may be counted as used and is none the less free: page cache in use, which the kernel takes back."""
+"""Share of a cgroup's limit that may be counted as used and is none the less free: page cache in use, which the kernel
+takes back.
+"""
 ABOVE = 0.01
 """share of a peak by which a prediction may be above what was held before later ones are lowered"""
 FEWEST_TRANSFERS = 8
@@ -93,8 +99,9 @@ def why_not(plan: Plan) -> str | None:
 
 @keywords_of(PlanOptions)
 def rehearse(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
-    """As `tightfit.planner.plan.plan`, on the machine that the profile was measured on: the plan runs for a few steps on random data,
-    and is made anew where that is worth it. Its `rehearsal` says what was seen; None: it could not be rehearsed.
+    """As `tightfit.planner.plan.plan`, on the machine that the profile was measured on: the plan runs for a few steps
+    on random data, and is made anew where that is worth it. Its `rehearsal` says what was seen; None: it could not be
+    rehearsed.
     """
     from tightfit.planner.plan import planner_of
 
@@ -122,12 +129,13 @@ def rehearsed(
     showing: Callable[[], AbstractContextManager[Stages | None]] = nullcontext,
     wait: bool = False,
 ) -> tuple[Plan, bool]:
-    """(the plan that `make` makes of the profile with all corrections that rehearsals have taught, rehearsed; whether Ctrl-C ended a
-    rehearsal, so that the plan is the last one made).
+    """(the plan that `make` makes of the profile with all corrections that rehearsals have taught, rehearsed; whether
+    Ctrl-C ended a rehearsal, so that the plan is the last one made).
 
-    `step_of` gives the profile of the step that is planned, with another optimizer for example. `tell` is called with each line of
-    text, and what `showing` opens with the stages of a rehearsal. A plan for which `go_on` returns False is not rehearsed, but made
-    with the corrections of earlier rehearsals. With `wait`, other programs are waited for (`wait_for_cores`).
+    `step_of` gives the profile of the step that is planned, with another optimizer for example. `tell` is called with
+    each line of text, and what `showing` opens with the stages of a rehearsal. A plan for which `go_on` returns False
+    is not rehearsed, but made with the corrections of earlier rehearsals. With `wait`, other programs are waited for
+    (`wait_for_cores`).
 
     Raises what `make` raises. A rehearsal that fails leaves the plan as it is and says why.
     """
@@ -159,8 +167,8 @@ def rehearsed(
 
 
 def taught(identity: str, plan: Plan, traced: TracedRehearsal, rounds: int) -> tuple[Plan, bool]:
-    """(the plan with its rehearsal, whether it is to be made anew), after what is known of the profile's figures (`figures_id`) has
-    taken in what the rehearsal teaches. `rounds` counts the rehearsals so far.
+    """(the plan with its rehearsal, whether it is to be made anew), after what is known of the profile's figures
+    (`figures_id`) has taken in what the rehearsal teaches. `rounds` counts the rehearsals so far.
     """
     plan = sealed(plan.model_copy(update={"rehearsal": traced.rehearsal}))
     learned, passed = _learn_bytes(load_learned(identity), plan, traced.rehearsal.held_bytes)
@@ -217,7 +225,9 @@ def _rehearsed_steps(plan: Plan) -> tuple[int, list[int]]:
 
 
 def _roomier(plan: Plan, given_back: int) -> Plan:
-    """The plan with a cap above its budget, as far as memory is free. Raises RunError where the plan itself has no place."""
+    """The plan with a cap above its budget, as far as memory is free. Raises RunError where the plan itself has no
+    place.
+    """
     free, memory_text = free_memory(given_back=given_back)
     if free < plan.peak_bytes * (1 - TAKEN_BACK):
         raise RunError(f"{memory_text}, beside which the {format_size(plan.peak_bytes)} of a run have no place")
@@ -227,8 +237,8 @@ def _roomier(plan: Plan, given_back: int) -> Plan:
 
 @contextmanager
 def prepared_rehearsal(plan: Plan, folder: Path, stages: Stages | None, given_back: int = 0) -> Iterator[RunOrder]:
-    """The order for a few steps of the plan on random data, whose files lie in `folder`, ready to be supervised. `given_back`: bytes
-    that this process holds and will not hold beside the rehearsal.
+    """The order for a few steps of the plan on random data, whose files lie in `folder`, ready to be supervised.
+    `given_back`: bytes that this process holds and will not hold beside the rehearsal.
     """
     steps, traced = _rehearsed_steps(plan)
     options = RunOptions(steps=steps, lr=0.0, checkpoint_every=0, keep_checkpoints=1, out=folder / "out", stages=stages)
@@ -263,8 +273,8 @@ def traced_rehearsal(plan: Plan, folder: Path, load: OtherPrograms) -> TracedReh
 
 
 def _measured_peak(report: dict[str, Any], plan: Plan) -> int:
-    """Peak bytes of all processes as from the command line: the training process's as measured, and the supervisor's as profiled, since
-    here it is part of this program.
+    """Peak bytes of all processes as from the command line: the training process's as measured, and the supervisor's as
+    profiled, since here it is part of this program.
     """
     return int(report["processes"]["training"]["measured"]) + plan.device.floor.supervisor_bytes
 
@@ -294,10 +304,12 @@ def _transfers(path: Path, phases: Sequence[Phase]) -> list[Seconds]:
 
 
 def _learn_bytes(learned: LearnedFigures, plan: Plan, held: int) -> tuple[LearnedFigures, bool]:
-    """(`learned` with what a run is known to hold, whether runs of the plan may hold more than it says), where one held `held` bytes.
+    """(`learned` with what a run is known to hold, whether runs of the plan may hold more than it says), where one held
+    `held` bytes.
 
-    Runs of a plan differ by a spread. A prediction that is raised leaves two, so that a rehearsal of the next plan, which may hold one
-    more than this one did, shows that it has one left. Only the first rehearsal of a profile lowers a prediction.
+    Runs of a plan differ by a spread. A prediction that is raised leaves two, so that a rehearsal of the next plan,
+    which may hold one more than this one did, shows that it has one left. Only the first rehearsal of a profile lowers
+    a prediction.
     """
     spread = spread_bytes(plan.model.kind, held)
     passed = (
@@ -313,11 +325,12 @@ def _learn_bytes(learned: LearnedFigures, plan: Plan, held: int) -> tuple[Learne
 
 
 def _learn_seconds(learned: LearnedFigures, plan: Plan, traced: TracedRehearsal) -> tuple[LearnedFigures, float]:
-    """(`learned` with the factors by which the seconds of the rehearsal differ from the plan's, which was made with `learned`; the
-    share of a step by which another plan may be faster).
+    """(`learned` with the factors by which the seconds of the rehearsal differ from the plan's, which was made with
+    `learned`; the share of a step by which another plan may be faster).
 
-    Where no factor is below `low` or above `high`, what this plan spends on having little memory (running operators again,
-    unpacking, waiting) is at most high / low times what the best plan spends: with the plan's own figures it spent the least.
+    Where no factor is below `low` or above `high`, what this plan spends on having little memory (running operators
+    again, unpacking, waiting) is at most high / low times what the best plan spends: with the plan's own figures it
+    spent the least.
     """
     index = PlanIndex(plan)
     predicted: dict[str, float] = defaultdict(float)

@@ -42,10 +42,11 @@ class Session:
                 loss = session.step(inputs, labels)
         module.load_state_dict(load_file("out/model/model.safetensors"))
 
-    A batch is a module's tensors as it was profiled (inputs and targets where its factory gave a loss_fn), or a language model's input_ids and labels as transformers takes
-    them (integers [rows, tokens], -100 where nothing is asked, padding on the right; fewer rows or tokens than planned
-    will do). Learning rates, the order of the data and when to stop are the loop's. Forward, backward and update are
-    one step of the plan: there is no gradient to look at between them.
+    A batch is a module's tensors as it was profiled (inputs and targets where its factory gave a loss_fn), or a
+    language model's input_ids and labels as transformers takes them (integers [rows, tokens], -100 where nothing is
+    asked, padding on the right; fewer rows or tokens than planned will do). Learning rates, the order of the data and
+    when to stop are the loop's. Forward, backward and update are one step of the plan: there is no gradient to look at
+    between them.
 
     When the block ends without an error, the output folder holds what `tightfit.runtime.session.launch.run` leaves (the
     adapter or the model, a checkpoint, the report), and `report` is set. After an error in the loop, Ctrl-C included,
@@ -70,8 +71,9 @@ class Session:
         self.taken = 0
         """number of steps taken so far, including those of the run that is resumed"""
         self.grad_norm: float | None = None
-        """norm of the gradients of the latest update, all of them together, before they were clipped; None: the plan does not
-        clip, or the latest step has made no update"""
+        """norm of the gradients of the latest update, all of them together, before they were clipped; None: the plan
+        does not clip, or the latest step has made no update
+        """
         self.report: dict[str, Any] | None = None
         """predicted and measured figures, once the session has ended without an error"""
         self._options = options
@@ -83,8 +85,8 @@ class Session:
         plan, directory = self.plan, self.directory
         if plan.model.preference:
             raise InputError(
-                f"the plan learns from pairs of answers ({plan.model.preference.loss}), which a Session does not take; run it on a file"
-                " of pairs, or profile without a loss"
+                f"the plan learns from pairs of answers ({plan.model.preference.loss}), which a Session does not take;"
+                " run it on a file of pairs, or profile without a loss"
             )
         check_machine(plan)
         check_schedule(plan)
@@ -187,7 +189,10 @@ class Session:
         name = f"the batch of step {self.taken + 1}" if kind == STEP else "the batch"
         tensors = [] if kind == SAVE else as_planned(self.plan, batch, name)
         # Stays set until the answer has come: an interruption may leave half a request in the pipe.
-        self._closed = f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with another one that resumes"
+        self._closed = (
+            f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with"
+            " another one that resumes"
+        )
         self._ask(kind, lr, tensors)
         message = self._wait_for(ANSWERS[kind])
         self._closed = None

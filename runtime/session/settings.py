@@ -44,11 +44,13 @@ def settings_of(
     epoch_steps: float | None = None,
 ) -> dict[str, Any]:
     """The settings of a run in `directory`, for the job's header. `seat`: the member of a fleet that runs;
-    `adapter_given`: the adapter that training starts from; `epoch_steps`: the steps of an epoch, None where the data have no end.
+    `adapter_given`: the adapter that training starts from; `epoch_steps`: the steps of an epoch, None where the data
+    have no end.
 
-    A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
-    Session has neither, but a descriptor `requests` from which the training process reads. `traced_steps`: numbers, from 1 for the
-    first of this start, of the steps whose instructions are timed one by one (`tightfit.runtime.engine.training.step_trace`).
+    A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation`
+    there; a Session has neither, but a descriptor `requests` from which the training process reads. `traced_steps`:
+    numbers, from 1 for the first of this start, of the steps whose instructions are timed one by one
+    (`tightfit.runtime.engine.training.step_trace`).
     """
     name = "adamw" if seat else plan.optimizer.get("name", "adamw")
     optimizer = asdict(
@@ -89,9 +91,11 @@ def settings_of(
         "traced_steps": list(traced_steps),
         "fleet": asdict(seat) if seat else None,
         "adapter": [str(adapter_given.directory), adapter_given.checksum] if adapter_given else None,
-        "conditions": conditions(plan, optimizer, options.seed)
-        | {"adapter": adapter_given.fingerprint if adapter_given else None}
-        | {PACKING: _asks_for_packing(plan, options)},
+        "conditions": (
+            conditions(plan, optimizer, options.seed)
+            | {"adapter": adapter_given.fingerprint if adapter_given else None}
+            | {PACKING: _asks_for_packing(plan, options)}
+        ),
     }
 
 
@@ -101,7 +105,9 @@ def packs(plan: Plan | Profile, options: DataOptions) -> bool:
 
 
 def _asks_for_packing(plan: Plan, options: DataOptions) -> bool:
-    """Whether packing was asked for and the model allows it: the same for all members of a fleet, even those that read no positions."""
+    """Whether packing was asked for and the model allows it: the same for all members of a fleet, even those that read
+    no positions.
+    """
     return options.packing and plan.model.kind == "decoder" and plan.model.rows_apart is None
 
 
@@ -111,7 +117,9 @@ def receives_batches(plan: Plan) -> bool:
 
 
 def side_config(plan: Plan) -> dict[str, Any] | None:
-    """What is written beside the tensors of a side network, so that they can be used again; None: the plan trains none."""
+    """What is written beside the tensors of a side network, so that they can be used again; None: the plan trains
+    none.
+    """
     shape = plan.model.config.get(CONFIG_KEY)
     if shape is None:
         return None
@@ -137,10 +145,12 @@ def order_of(
     evaluates: bool = False,
     packing: dict[str, Any] | None = None,
 ) -> RunOrder:
-    """Write the job into `directory` and return the order to start its training process, which with `evaluates` takes no step.
+    """Write the job into `directory` and return the order to start its training process, which with `evaluates` takes
+    no step.
 
     `lock` is the descriptor that locks `directory`; `fleet` what the report says of the fleet that the run is part of
-    (`tightfit.runtime.session.fleet.figures_of`), and `packing` of rows (`packing_note`). Raises RunError if the disk refuses.
+    (`tightfit.runtime.session.fleet.figures_of`), and `packing` of rows (`packing_note`). Raises RunError if the disk
+    refuses.
     """
     floor = plan.device.floor
     unused_files = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
@@ -165,15 +175,15 @@ def order_of(
 
 
 def packing_note(plan: Plan, settings: dict[str, Any], options: DataOptions) -> dict[str, Any] | None:
-    """For the report: whether samples share rows and, if the model does not allow it, why; None where the data are no samples. Warns
-    where samples were to share rows and each is padded.
+    """For the report: whether samples share rows and, if the model does not allow it, why; None where the data are no
+    samples. Warns where samples were to share rows and each is padded.
     """
     if plan.seq is None or not settings["data"]:
         return None
     if options.packing and plan.model.rows_apart:
         warnings.warn(
-            f"{spelled('packing')}: samples of {plan.model.name} cannot share rows, since {plan.model.rows_apart}; each is padded to"
-            f" {plan.seq} tokens",
+            f"{spelled('packing')}: samples of {plan.model.name} cannot share rows, since {plan.model.rows_apart}; each"
+            f" is padded to {plan.seq} tokens",
             UserWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Hands the metrics of a run to TensorBoard or Weights & Biases, from a process that is no part of the run.
 
-A run's processes count against its budget, and these libraries take more memory than a run's supervisor; so a run writes
-``metrics.jsonl``, and whoever wants curves elsewhere starts `tightfit report` beside it, or afterwards.
+A run's processes count against its budget, and these libraries take more memory than a run's supervisor; so a run
+writes ``metrics.jsonl``, and whoever wants curves elsewhere starts `tightfit report` beside it, or afterwards.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of W&B of the same name as the output folder. Reported again, a run is the same one there: it is known by the
-    first line of its metrics, whose seconds no other run shares.
+    """A run of W&B of the same name as the output folder. Reported again, a run is the same one there: it is known by
+    the first line of its metrics, whose seconds no other run shares.
     """
 
     def __init__(self, out: Path, first: dict[str, Any]) -> None:
@@ -101,8 +101,8 @@ TRACKERS: dict[str, Open] = {"tensorboard": TensorBoard, "wandb": WeightsAndBias
 def track(out: Path, tracker: str, *, follow: bool, tell: Callable[[int], None] = lambda step: None) -> dict[str, int]:
     """Hand the metrics of the run in `out` to a `tracker`, one of `TRACKERS`; with `follow` until the run ends.
 
-    `tell(step)` is called after each look at the file. Returns the numbers of steps and evaluations. Ctrl-C ends it as the run's end
-    does. Raises InputError where there is no run, or the tracker is not installed.
+    `tell(step)` is called after each look at the file. Returns the numbers of steps and evaluations. Ctrl-C ends it as
+    the run's end does. Raises InputError where there is no run, or the tracker is not installed.
     """
     if tracker not in TRACKERS:
         raise InputError(f"tracker {tracker!r} is not known; choose one of {', '.join(TRACKERS)}")

@@ -38,8 +38,9 @@ def train(
     """Train `model` on `data` in a budget, and return the report, which is also written to ``out/report.json``.
 
     `memory` is the budget: bytes, a size such as "600MiB", or "auto", what the machine can spare now (it does not count
-    what this program holds already: `tightfit.runtime.supervision.spare_memory`). `seq` is by default as long as the longest
-    sample needs (`tightfit.runtime.data.sequence`). `options` are those of `profile`, `plan` and `run`, each of which gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
+    what this program holds already: `tightfit.runtime.supervision.spare_memory`). `seq` is by default as long as the
+    longest sample needs (`tightfit.runtime.data.sequence`). `options` are those of `profile`, `plan` and `run`, each of
+    which gets what it takes: `steps` or `epochs` has to be there, `adapter` goes to both that have it.
 
     Raises TypeError for an option that none of them takes, and what they raise; InfeasibleError, with the smallest
     budget, if no plan fits. This program stays alive beside the run, and its memory is its own, as with `run`.

@@ -1,4 +1,5 @@
-"""The process that shows answers: it starts the one that computes them under the cap, hands prompts over, prints tokens.
+"""The process that shows answers: it starts the one that computes them under the cap, hands prompts over, prints
+tokens.
 
     python -m tightfit.runtime.supervision.answering ORDER    answers the prompts of an `AnswerOrder`
     python -m tightfit.runtime.supervision.answering --measure    prints the bytes of memory that this process takes
@@ -70,7 +71,9 @@ class AnswerOrder:
     preparation_bytes: int
     """VmHWM of the process that prepared this"""
     stage_bytes: dict[str, dict[str, int | None]]
-    """what was done before the answers -> bytes that all processes were predicted to hold meanwhile, if that was predicted, and held"""
+    """what was done before the answers -> bytes that all processes were predicted to hold meanwhile, if that was
+    predicted, and held
+    """
     group: tuple[str, int] | None
     """path and version of the cgroup that this process was put into"""
     home: str | None
@@ -101,8 +104,8 @@ class Answers:
         self.answering = False
 
     def ask(self, ids: list[int], *, keep: bool = False) -> Iterator[str]:
-        """Yields the text of the answer to a prompt, a few letters at a time. With `keep` the beginning that it shares with the
-        prompt before is not computed again. Raises what the process ended with.
+        """Yields the text of the answer to a prompt, a few letters at a time. With `keep` the beginning that it shares
+        with the prompt before is not computed again. Raises what the process ended with.
         """
         request = {
             "ids": ids,
@@ -207,9 +210,9 @@ def sentence(answered: dict[str, Any]) -> str:
     each, peak = answered["token_seconds"], answered["peak_bytes"]
     speed = f", {each['measured']:.3f} s each ({each['predicted']:.3f} predicted)" if each["measured"] else ""
     return (
-        f"{answered['tokens']} tokens in {answered['seconds']:.1f} s, the first after {answered['first_seconds']:.1f}{speed};"
-        f" peak {format_size(peak['measured'])} of {format_size(answered['budget_bytes'])}"
-        f" ({format_size(peak['predicted'])} predicted)"
+        f"{answered['tokens']} tokens in {answered['seconds']:.1f} s, the first after"
+        f" {answered['first_seconds']:.1f}{speed}; peak {format_size(peak['measured'])} of"
+        f" {format_size(answered['budget_bytes'])} ({format_size(peak['predicted'])} predicted)"
     )
 
 

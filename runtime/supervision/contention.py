@@ -1,12 +1,13 @@
-"""Notices when steps take longer than expected because other programs hold the cores of a training process, and when they take longer
-or shorter although none does.
+"""Notices when steps take longer than expected because other programs hold the cores of a training process, and when
+they take longer or shorter although none does.
 
 Linux counts for each thread how long it ran, and how long it was ready to run and waited for a core
 (``/proc/PID/task/TID/schedstat``, nanoseconds). A thread may wait for others of its own process, too; so the cores also
 have to be at work for somebody else (``/proc/stat``).
 
-A run does not go on with fewer threads of itself: PyTorch divides sums among its threads, so that their last bits, and with
-them the results, may depend on the number of threads. The standard library only: the process that does this counts against the budget.
+A run does not go on with fewer threads of itself: PyTorch divides sums among its threads, so that their last bits, and
+with them the results, may depend on the number of threads. The standard library only: the process that does this counts
+against the budget.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ LEAST_STEPS = 2
 SLOWER = 1.2
 """a step is slow from so many times the expected seconds on"""
 OFF, FEWEST = 0.15, 3
-"""a notice is given if at least `FEWEST` steps differ from the expected seconds by this share though no other program is in the way"""
+"""a notice is given if at least `FEWEST` steps differ from the expected seconds by this share though no other program
+is in the way
+"""
 CROWDED, FREE = 1 / 8, 1 / 16
-"""Cores for which the threads wait and which others use: above the first others are in the way, up to the second none is."""
+"""Cores for which the threads wait and which others use: above the first others are in the way, up to the second none
+is.
+"""
 QUIET_SECONDS = 60.0
 """least time between two notices of the same kind"""
 PROC = Path("/proc")
@@ -39,14 +44,18 @@ CROWDING = re.compile(r"other programs use (?P<cores>[\d.]+) of the cores: .+|(?
 
 
 def crowding_of(line: str) -> float | None:
-    """The cores that other programs use by a notice that a run has written, 0 where they are free again; None for any other line."""
+    """The cores that other programs use by a notice that a run has written, 0 where they are free again; None for any
+    other line.
+    """
     found = CROWDING.fullmatch(line.strip())
     return None if found is None else float(found["cores"] or 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreUsage:
-    """How long a process's threads ran and waited, and how long cores were busy: seconds since its start, or since boot."""
+    """How long a process's threads ran and waited, and how long cores were busy: seconds since its start, or since
+    boot.
+    """
 
     ran: float
     """that the process's threads were on a core"""
@@ -82,8 +91,8 @@ class Contention:
         usage: Callable[[], CoreUsage | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`expected_seconds` are what a step is expected to take with `threads` compute threads; they were measured beside other
-        programs on a `busy_machine`. `usage` reads the present usage of the process, as `usage_of` does.
+        """`expected_seconds` are what a step is expected to take with `threads` compute threads; they were measured
+        beside other programs on a `busy_machine`. `usage` reads the present usage of the process, as `usage_of` does.
         """
         self._threads, self._expected, self._busy_machine = threads, expected_seconds, busy_machine
         self._usage, self._clock = usage, clock
@@ -100,8 +109,8 @@ class Contention:
         self._at, self._before, self._taken = self._clock(), self._usage(), []
 
     def step(self, seconds: float) -> str | None:
-        """Count a step that took `seconds`. Returns a notice for people, if there is one now. The first step, which builds kernels, is
-        passed over.
+        """Count a step that took `seconds`. Returns a notice for people, if there is one now. The first step, which
+        builds kernels, is passed over.
         """
         if self._taken is None:
             self._begin()
@@ -137,9 +146,9 @@ class Contention:
         if free:
             return f"the cores are free again: a step takes {mean:.3f} s"
         return (
-            f"other programs use {others / elapsed:.1f} of the cores: the last {len(steps)} steps took {mean:.3f} s each where"
-            f" {expected:.3f} s are expected, and the run's threads waited {waited / elapsed * mean:.3f} s of each for a"
-            f" core; {self._advice}"
+            f"other programs use {others / elapsed:.1f} of the cores: the last {len(steps)} steps took {mean:.3f} s"
+            f" each where {expected:.3f} s are expected, and the run's threads waited {waited / elapsed * mean:.3f} s"
+            f" of each for a core; {self._advice}"
         )
 
     @property
@@ -147,15 +156,16 @@ class Contention:
         if self._threads == 1:
             return "end the other program, or let it wait; results stay the same to the bit"
         return (
-            f"end the other program, or let it wait; results stay the same to the bit. Where it has to go on, leave it a core:"
-            f" `tightfit profile --threads {self._threads - 1}`, plan that and start anew (fewer threads sum in another order,"
-            " so that a run cannot go over to them)"
+            "end the other program, or let it wait; results stay the same to the bit. Where it has to go on, leave it"
+            f" a core: `tightfit profile --threads {self._threads - 1}`, plan that and start anew (fewer threads sum in"
+            " another order, so that a run cannot go over to them)"
         )
 
     @property
     def figures(self) -> dict[str, Any] | None:
-        """For the report: how many steps other programs were in the way of, and means over these of their seconds, of the
-        seconds for which the run's threads waited for a core, and of the cores that others used; None if there were none.
+        """For the report: how many steps other programs were in the way of, and means over these of their seconds, of
+        the seconds for which the run's threads waited for a core, and of the cores that others used; None if there were
+        none.
         """
         if not self._steps:
             return None

@@ -58,7 +58,9 @@ def print_failure(failure: dict[str, Any], *, as_json: bool) -> int:
 
 
 def last_message(log: str | os.PathLike[str]) -> str:
-    """The message of the error with which a command ended that wrote its output to the file `log`, or else its last line."""
+    """The message of the error with which a command ended that wrote its output to the file `log`, or else its last
+    line.
+    """
     with open(log, encoding="utf-8", errors="replace") as file:
         lines = file.read().strip().splitlines()
     for line in reversed(lines):

@@ -29,7 +29,9 @@ def answer(result: dict[str, Any], human: Any, *, as_json: bool) -> None:
 
 
 def with_stages(stages: str | None, report: dict[str, Any]) -> dict[str, Any]:
-    """The answer of a run: its report, together with the answers of the stages before it if `stages` has them as JSON."""
+    """The answer of a run: its report, together with the answers of the stages before it if `stages` has them as
+    JSON.
+    """
     if stages is None:
         return report
     stages_done: dict[str, Any] = json.loads(stages)

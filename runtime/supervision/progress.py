@@ -32,8 +32,8 @@ STAGE = re.compile(r"(?P<stage>.+?)(?: …|: (?P<done>\d+) of (?P<total>\d+))")
 
 
 def stage_of(line: str) -> dict[str, Any] | None:
-    """What a line that a run has written to stderr says of its stage: `stage`, and how far it is, `done` of `total`, where the line
-    says it; None for any other line.
+    """What a line that a run has written to stderr says of its stage: `stage`, and how far it is, `done` of `total`,
+    where the line says it; None for any other line.
     """
     found = STAGE.fullmatch(line.strip())
     if found is None:
@@ -123,7 +123,9 @@ class TrainingProgress:
             self._show(with_epoch if len(with_epoch) < self._columns else live_line, red=nearly_full)
 
     def evaluated(self, result: Mapping[str, Any]) -> None:
-        """Show the result of an evaluation between the steps, as the training process tells it; it stays on a terminal."""
+        """Show the result of an evaluation between the steps, as the training process tells it; it stays on a
+        terminal.
+        """
         accuracy = f", accuracy {result['eval_accuracy']:.3f}" if "eval_accuracy" in result else ""
         if "eval_reward_accuracy" in result:
             accuracy = f", chosen answer wins in {result['eval_reward_accuracy']:.1%}"

@@ -32,14 +32,18 @@ EVALUATION_KEYS = {
 }
 """figures of an evaluation: name in the report -> name in the metrics"""
 OF_PAIRS = ("pairs", "reward_accuracy", "reward_margin")
-"""further figures of an evaluation on pairs of answers; its metrics have the last two, as ``eval_reward_accuracy`` ..."""
+"""further figures of an evaluation on pairs of answers; its metrics have the last two, as ``eval_reward_accuracy``
+...
+"""
 FLEET_SECONDS = ("seconds", "exchange_seconds", "update_seconds")
 """seconds of a fleet's update: since the update before, of the exchange, of making the update"""
 
 
 @dataclass
 class ObservedRun:
-    """The figures in the training process's messages so far; seconds are kept for the latest `LATEST_STEPS` steps only."""
+    """The figures in the training process's messages so far; seconds are kept for the latest `LATEST_STEPS` steps
+    only.
+    """
 
     steps: int = 0
     """number of steps taken so far, without those of a run that was resumed"""
@@ -124,20 +128,21 @@ def build_report(
     (`supervisor_bytes`, its VmHWM). If a program of the user's runs the plan itself, there is no supervisor; the
     program's memory does not count against the budget and is reported as `program_bytes`. `cgroup_peak_bytes` is the
     cgroup's own counter, which includes kernel tables and reclaimable page cache. `preparation_bytes` is the peak of
-    the process that read plan and data before the training process was started, and `stage_bytes` has what the stages of
-    `tightfit train` before it were predicted to hold, and have held. `contention` says how long steps waited
-    for cores that other programs held (`tightfit.runtime.supervision.contention`); None: there was nothing to notice.
+    the process that read plan and data before the training process was started, and `stage_bytes` has what the stages
+    of `tightfit train` before it were predicted to hold, and have held. `contention` says how long steps waited for
+    cores that other programs held (`tightfit.runtime.supervision.contention`); None: there was nothing to notice.
 
     `evaluations` are those of a run that evaluates between its steps, each with `step`, `epoch`, `loss`, `accuracy`
     (None without questions) and `seconds`; `best` is the best of them, with the `path` where its result is kept;
     `stopped_early` is the step after which the run ended because they were no better any more.
 
-    `step_seconds` say whether the plan's rehearsal or its model predicted them, and whether that was measured beside other programs.
-    Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches memory and builds
-    kernels for the first time. If steps are of different sorts, the time is the mean of each sort's median.
+    `step_seconds` say whether the plan's rehearsal or its model predicted them, and whether that was measured beside
+    other programs. Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches
+    memory and builds kernels for the first time. If steps are of different sorts, the time is the mean of each sort's
+    median.
 
-    Where a loss compares with the model without its adapter, `references` has the pairs for which that was computed before the
-    first step of this start, and its seconds.
+    Where a loss compares with the model without its adapter, `references` has the pairs for which that was computed
+    before the first step of this start, and its seconds.
 
     Where gradients are clipped, `grad_norm` has the norm before that of every update, and `phases` their update.
     """
@@ -162,9 +167,11 @@ def build_report(
         "processes": processes,
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
-        "stage_bytes": None
-        if stage_bytes is None
-        else {stage: dict(zip(("predicted", "measured"), sizes)) for stage, sizes in stage_bytes.items()},
+        "stage_bytes": (
+            None
+            if stage_bytes is None
+            else {stage: dict(zip(("predicted", "measured"), sizes)) for stage, sizes in stage_bytes.items()}
+        ),
         "step_seconds": {
             "predicted": planned["expected_seconds"],
             "predicted_by": planned["expected_by"],
@@ -179,13 +186,15 @@ def build_report(
         "checkpoint": observed.checkpoint,
         "resumed_step": observed.resumed_step,
         "phases": {
-            "train": _with_peak(planned["train"], observed.peaks.get("train"))
-            | {
-                "measured_seconds": {
-                    "compute": measured.get("run"),
-                    **{k: measured.get(k) for k in ("unpack", "perturb", "update", "stall")},
+            "train": (
+                _with_peak(planned["train"], observed.peaks.get("train"))
+                | {
+                    "measured_seconds": {
+                        "compute": measured.get("run"),
+                        **{k: measured.get(k) for k in ("unpack", "perturb", "update", "stall")},
+                    }
                 }
-            },
+            ),
             "evaluate": _with_peak(
                 planned["evaluate"],
                 max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None),
@@ -223,8 +232,8 @@ def build_report(
 
 
 def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, Any]:
-    """The result of `tightfit eval`, made of the `report` of a run that evaluated once and took no step. `by_token`: its loss is a mean
-    over tokens, as that of a decoder.
+    """The result of `tightfit eval`, made of the `report` of a run that evaluated once and took no step. `by_token`:
+    its loss is a mean over tokens, as that of a decoder.
     """
     import math  # as `statistics` below: once the training process has ended
 
@@ -246,8 +255,8 @@ def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, An
 def fleet_figures(planned: dict[str, Any], exchanges: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:
     """The part of a member's report about its fleet: who it is, and seconds of an update as `planned` and as measured.
 
-    Measured are medians without the first update, which includes the start. `loss` has the losses of all micro-batches; `result` says
-    in words what comes of the run, where that is no adapter.
+    Measured are medians without the first update, which includes the start. `loss` has the losses of all micro-batches;
+    `result` says in words what comes of the run, where that is no adapter.
     """
     import statistics
 
@@ -288,8 +297,8 @@ def already_done(report: dict[str, Any], directory: str, steps: int | None) -> s
         best = report["best"]["step"]
         waited = sum(evaluation["step"] > best for evaluation in report["evaluations"])
         return (
-            f"already done: {directory} ended early after step {early}, since {waited} evaluations in a row were no better than"
-            f" that after step {best}; give a larger {spelled('early_stopping')}, or none, to go on\n"
+            f"already done: {directory} ended early after step {early}, since {waited} evaluations in a row were no"
+            f" better than that after step {best}; give a larger {spelled('early_stopping')}, or none, to go on\n"
         )
     return f"already done: {directory} has all {steps} steps; give more {spelled('steps')} to go on\n"
 

@@ -36,15 +36,20 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         *_cap_rows(report, "training"),
         (
             "loss",
-            f"{report['loss'][0]:.4f} → {report['loss'][-1]:.4f} in {len(report['loss'])} steps"
-            + (f", {report['epochs']:.4g} epochs" if report.get("epochs") else "")
-            if report["loss"]
-            else "–",
+            (
+                f"{report['loss'][0]:.4f} → {report['loss'][-1]:.4f} in {len(report['loss'])} steps"
+                + (f", {report['epochs']:.4g} epochs" if report.get("epochs") else "")
+                if report["loss"]
+                else "–"
+            ),
         ),
     ]
     if contention := report.get("contention"):
         during = f"used {contention['others_cores']:.1f} of the cores during {contention['steps']} steps"
-        waited = f"took {contention['step_seconds']:.3f} s each and waited {contention['waited_seconds']:.3f} s of it for a core"
+        waited = (
+            f"took {contention['step_seconds']:.3f} s each and waited {contention['waited_seconds']:.3f} s of it for a"
+            " core"
+        )
         rows.append(("other programs", f"{during}, which {waited}"))
     if norms := report.get("grad_norm"):
         limit = report["max_grad_norm"]

@@ -20,7 +20,9 @@ from tightfit.runtime.supervision.cgroup import MOUNT, own_cgroups
 MARGIN = 8
 """the part of the available memory that stays free is one in this many"""
 LEAST_MARGIN = 128 * MIB
-"""of what is available on the machine, where other programs come and go; of a limit of its own a run needs no such margin"""
+"""of what is available on the machine, where other programs come and go; of a limit of its own a run needs no such
+margin
+"""
 
 
 def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back: int = 0) -> tuple[int, str]:
@@ -28,8 +30,8 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back:
 
     It is the smallest of three, each less a margin: the kernel's estimate of what programs can get without swapping
     (MemAvailable), what is left of the limit of this process's cgroup or one above it, and the limits on what a process
-    may reserve (`ulimit -v`, `ulimit -d`). `given_back` are bytes that this process holds and will not hold beside the run. Raises
-    InputError where that leaves nothing.
+    may reserve (`ulimit -v`, `ulimit -d`). `given_back` are bytes that this process holds and will not hold beside the
+    run. Raises InputError where that leaves nothing.
     """
     spare, margin, source = min(
         ((left - _margin(left, least)) // MIB * MIB, _margin(left, least), why)
@@ -37,7 +39,8 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back:
     )
     if spare <= 0:
         raise InputError(
-            f"{spelled('memory', 'auto')}: {source}, and {format_size(margin)} of that stay free; end other programs, or name a size"
+            f"{spelled('memory', 'auto')}: {source}, and {format_size(margin)} of that stay free; end other programs,"
+            " or name a size"
         )
     return spare, f"{source}, less {format_size(margin)} that stay free"
 
@@ -45,8 +48,8 @@ def spare_memory(proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back:
 def free_memory(
     proc: Path = Path("/proc"), mount: Path = MOUNT, *, given_back: int = 0, unmapped: bool = False
 ) -> tuple[int, str]:
-    """As `spare_memory`, without a margin. With `unmapped`, all page cache of a cgroup counts as left that no process has mapped, even
-    if it was used lately: before it kills, the kernel takes that back too.
+    """As `spare_memory`, without a margin. With `unmapped`, all page cache of a cgroup counts as left that no process
+    has mapped, even if it was used lately: before it kills, the kernel takes that back too.
     """
     return min((left, why) for left, why, _ in _free(proc, mount, given_back, unmapped=unmapped))
 
@@ -77,7 +80,8 @@ def _available(proc: Path, given_back: int) -> tuple[int, str]:
 def _left_in_cgroups(proc: Path, mount: Path, given_back: int, *, unmapped: bool) -> Iterator[tuple[int, str]]:
     """What is left of each limit on this process's cgroup and those above it.
 
-    Page cache that was not used lately counts as left: the kernel takes it back before it kills. `unmapped`: as of `free_memory`.
+    Page cache that was not used lately counts as left: the kernel takes it back before it kills. `unmapped`: as of
+    `free_memory`.
     """
     own_paths = own_cgroups(proc)
     for path in _upwards(mount / "memory", own_paths.get(1)):
@@ -115,11 +119,15 @@ def _rest_of(cgroup: Path, limit: int, used: int) -> tuple[int, str]:
 
 V1_CACHE = ("total_inactive_file", "total_active_file", "total_mapped_file")
 V2_CACHE = ("inactive_file", "active_file", "file_mapped")
-"""names in a cgroup's statistics: page cache that was not used lately, that was, and what of both processes have mapped"""
+"""names in a cgroup's statistics: page cache that was not used lately, that was, and what of both processes have
+mapped
+"""
 
 
 def _cache(cgroup: Path, names: tuple[str, str, str], *, unmapped: bool) -> int:
-    """Bytes of page cache in a cgroup that the kernel would take back first; with `unmapped` those that it would take back at all."""
+    """Bytes of page cache in a cgroup that the kernel would take back first; with `unmapped` those that it would take
+    back at all.
+    """
     try:
         pairs = [line.split() for line in (cgroup / "memory.stat").read_text().splitlines()]
     except OSError:

@@ -1,6 +1,7 @@
 """The supervisor: the process that starts a run's training process, shows its progress and writes the report.
 
-    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    supervises a run; the JSON files of a RunOrder and of
+    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    supervises a run; the JSON files of a RunOrder and
+    of
                                                                     SupervisorSettings
     python -m tightfit.runtime.supervision.supervisor --measure     prints the bytes of memory that a supervisor takes
 
@@ -55,7 +56,9 @@ OnEvaluation = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisorSettings:
-    """What the supervisor of `tightfit run` needs beside the order: how to show the run, and the cgroup that it is in."""
+    """What the supervisor of `tightfit run` needs beside the order: how to show the run, and the cgroup that it is
+    in.
+    """
 
     tokens_per_step: int | None
     as_json: bool
@@ -71,7 +74,9 @@ class SupervisorSettings:
     stages: str | None = None
     """JSON of what was done before the run, to be printed beside the report with `as_json`"""
     stage_bytes: dict[str, list[int | None]] | None = None
-    """stage before the run -> bytes that it was predicted to hold, if that was predicted, and that it has held; for the report"""
+    """stage before the run -> bytes that it was predicted to hold, if that was predicted, and that it has held; for the
+    report
+    """
     then: list[str] | None = None
     """of a rehearsal: the command line that this process becomes when the run has ended, however it did"""
 
@@ -91,8 +96,8 @@ def supervise(
     """Start the training process, follow it to its end and write the report; returns the report.
 
     `counted`: whether this process's memory counts against the budget; it is then in `group`, if there is one.
-    `preparation_bytes` and `stage_bytes` go into the report. Raises CapError, RunError or InputError if the training process ended with
-    one.
+    `preparation_bytes` and `stage_bytes` go into the report. Raises CapError, RunError or InputError if the training
+    process ended with one.
     """
     with relayed_signals() as passing, started(order, group=group) as child:
         passing.to(child.process)
@@ -184,8 +189,8 @@ def hand_over(order: RunOrder, settings: SupervisorSettings, group: MemoryCgroup
 
 
 def become(arguments: list[str], lock: int, group: MemoryCgroup | None, *, replace: bool) -> int:
-    """Carry out a command line in a cgroup, in the place of this process with `replace`, else in a child process; `lock` is a
-    descriptor that it inherits. Returns the exit code.
+    """Carry out a command line in a cgroup, in the place of this process with `replace`, else in a child process;
+    `lock` is a descriptor that it inherits. Returns the exit code.
     """
     os.set_inheritable(lock, True)
     arguments = group.enter(arguments) if group else arguments
@@ -257,12 +262,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 REHEARSED = "rehearsed"
-"""file in a rehearsal's output folder that says how it ended: an error in the form of `failure_of`, and whether it was an interruption;
-or null"""
+"""file in a rehearsal's output folder that says how it ended: an error in the form of `failure_of`, and whether it was
+an interruption; or null
+"""
 
 
 def _rehearse(order: RunOrder, group: MemoryCgroup | None, home: str | None, then: list[str]) -> NoReturn:
-    """Carry out a few steps of a plan for what they teach, say in a file how they ended, and become the command `then`."""
+    """Carry out a few steps of a plan for what they teach, say in a file how they ended, and become the command
+    `then`.
+    """
     failure: dict[str, Any] | None = None
     try:
         with named_as(on_command_line):

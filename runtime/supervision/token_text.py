@@ -1,7 +1,8 @@
-"""Turns tokens into text one after the other, by a table on disk instead of a tokenizer, which takes a few bytes of memory.
+"""Turns tokens into text one after the other, by a table on disk instead of a tokenizer, which takes a few bytes of
+memory.
 
-The table begins with the number of tokens and with which spaces are left out at the start of a text (uint32 each), then has
-the end of each token's bytes (uint32) and the bytes themselves. The standard library only.
+The table begins with the number of tokens and with which spaces are left out at the start of a text (uint32 each), then
+has the end of each token's bytes (uint32) and the bytes themselves. The standard library only.
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ class RunOrder:
 
 
 def command(*arguments: str, module: str = RunOrder.module) -> list[str]:
-    """The command line of a process that is held to the cap; `module` is what it runs, by default a training process."""
+    """The command line of a process that is held to the cap; `module` is what it runs, by default a training
+    process.
+    """
     return interpreter.command(module, *arguments)
 
 
@@ -155,7 +157,8 @@ class TrainingProcess:
             raise RunError(f"interrupted{'' if self.order.evaluates else ' before the first step'}; start again")
         if observed.interrupted:
             raise RunError(
-                f"interrupted after step {observed.interrupted['step']}; everything is saved in {observed.interrupted['checkpoint']}, continue with {spelled('resume', True)}"
+                f"interrupted after step {observed.interrupted['step']}; everything is saved in"
+                f" {observed.interrupted['checkpoint']}, continue with {spelled('resume', True)}"
             )
         if code == 0:
             return
@@ -170,13 +173,17 @@ class TrainingProcess:
         if code == -signal.SIGKILL and self.group and self.group.oom_kills():
             advice = self.order.anew
             if in_memory(Path(self.order.directory)):
-                advice = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {advice}"
+                advice = (
+                    f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the"
+                    f" cap: choose an output directory on a disk; or else {advice}"
+                )
             planned = self.order.planned
             peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
             limit, predicted = (planned[name] - self.others_bytes for name in ("budget_bytes", "peak_bytes"))
             raise CapError(
-                f"the kernel ended the run at its cap of {format_size(limit)}: it had reached {format_size(peak)}, the {self.order.called} by itself "
-                f"{format_size(observed.peak_bytes)} when it last told, predicted were {format_size(predicted)}; {advice}; {saved}"
+                f"the kernel ended the run at its cap of {format_size(limit)}: it had reached {format_size(peak)}, the"
+                f" {self.order.called} by itself {format_size(observed.peak_bytes)} when it last told, predicted were"
+                f" {format_size(predicted)}; {advice}; {saved}"
             )
         ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         last_line = f": {output_lines[-1]}" if output_lines else ""

@@ -6,7 +6,8 @@
     planned = tightfit.plan(measured, 400 << 20)  # bytes
     report = tightfit.run(planned, batches, steps=200, out="out")
 
-Each name below is imported when it is first asked for: a process that only reads plans loads neither a solver nor PyTorch.
+Each name below is imported when it is first asked for: a process that only reads plans loads neither a solver nor
+PyTorch.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python tests/benchmarks/ablation.py [--parts greedy,rounding] [--only CASE,...] [--every 2] [--processes 2]
         [--limit 30] [--processor] [--json FILE] [--write]
 
-Parts joined by a plus are switched off together. A part is switched off only in the searches that ask for it (`Recorded`
-notes that). A row of the table says in how many plans that was so, how many of these changed, and the worst of them: how
-much longer the step is, how much wider the gap, and how much more or less processor time planning takes, in all of these
-plans together. A plan that the part alone makes possible is named. A plan whose search the clock ended, with the part or
-without it, differs from run to run: it stands in a column of its own, with the step and the gap that are worst there. `--processor`:
-the planner's clock is that of its own process, for figures made beside other programs.
+Parts joined by a plus are switched off together. A part is switched off only in the searches that ask for it
+(`Recorded` notes that). A row of the table says in how many plans that was so, how many of these changed, and the worst
+of them: how much longer the step is, how much wider the gap, and how much more or less processor time planning takes,
+in all of these plans together. A plan that the part alone makes possible is named. A plan whose search the clock ended,
+with the part or without it, differs from run to run: it stands in a column of its own, with the step and the gap that
+are worst there. `--processor`: the planner's clock is that of its own process, for figures made beside other programs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Published networks in plain PyTorch, for the benchmarks: VGG-16, ResNet-50, MobileNetV2, U-Net, ViT-S/16 and an LSTM language
-model. Nothing of tightfit is imported, so that they can be trained without it.
+"""Published networks in plain PyTorch, for the benchmarks: VGG-16, ResNet-50, MobileNetV2, U-Net, ViT-S/16 and an LSTM
+language model. Nothing of tightfit is imported, so that they can be trained without it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Does it learn, and at what price: ``make bench-convergence`` (half an hour for each model; ARGS='--steps 40 --factor 4' for a taste).
+"""Does it learn, and at what price: ``make bench-convergence`` (half an hour for each model; ARGS='--steps 40 --factor
+4' for a taste).
 
-SmolLM2-135M, and Gemma-3-270M where its package is installed, on the running English of 300 news texts, at one cap for all
-methods: backpropagation as the solver plans it, the cyclic `lcsb`, `mezo` with its learning rate tuned on a validation split, and
-`mobillm`, whose device has the cap and whose server trains a side network. Loss and next-token accuracy on held-out texts come from
-transformers + peft with the adapters that the runs leave; for `mobillm` the side network is written down again beside transformers'
-model. Then the cosine of MeZO's estimates to the exact gradient of the same batch.
+SmolLM2-135M, and Gemma-3-270M where its package is installed, on the running English of 300 news texts, at one cap for
+all methods: backpropagation as the solver plans it, the cyclic `lcsb`, `mezo` with its learning rate tuned on a
+validation split, and `mobillm`, whose device has the cap and whose server trains a side network. Loss and next-token
+accuracy on held-out texts come from transformers + peft with the adapters that the runs leave; for `mobillm` the side
+network is written down again beside transformers' model. Then the cosine of MeZO's estimates to the exact gradient of
+the same batch.
 
-Prints a table for each model, writes ``convergence.json`` and ``convergence.png`` into a folder for each. What is already in the output
-folder with the same settings is not made again, and a run that was cut goes on.
+Prints a table for each model, writes ``convergence.json`` and ``convergence.png`` into a folder for each. What is
+already in the output folder with the same settings is not made again, and a run that was cut goes on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Smallest budgets and steps of published decoders at full size, on an estimated device: how much memory each needs to be
-trained at all, what a step takes there and with twice as much, how near the proven bound it is, and how long planning takes.
+"""Smallest budgets and steps of published decoders at full size, on an estimated device: how much memory each needs to
+be trained at all, what a step takes there and with twice as much, how near the proven bound it is, and how long
+planning takes.
 
-Nothing is downloaded and nothing is measured: the shapes are those of `published.py`, the weights would be random, and the
-times are estimated for a device that tightfit describes. Seconds of planning are CPU seconds of this process, which plans
-one model after the other.
+Nothing is downloaded and nothing is measured: the shapes are those of `published.py`, the weights would be random, and
+the times are estimated for a device that tightfit describes. Seconds of planning are CPU seconds of this process, which
+plans one model after the other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Networks with batches and losses as a training script has them, and that script in eager PyTorch, for `modules.py` and `truth.py`.
+"""Networks with batches and losses as a training script has them, and that script in eager PyTorch, for `modules.py`
+and `truth.py`.
 
-``python eager.py NAME STEPS THREADS`` trains one of them and prints a JSON line: the loss and seconds of every step, and the
-process's peak in bytes (VmHWM). It imports PyTorch, and timm for networks of timm, and nothing of tightfit. Each name of `NETWORKS` is
-also a function: the factory for tightfit, of the same initial values, since both call it with PyTorch's generator seeded with 0.
+``python eager.py NAME STEPS THREADS`` trains one of them and prints a JSON line: the loss and seconds of every step,
+and the process's peak in bytes (VmHWM). It imports PyTorch, and timm for networks of timm, and nothing of tightfit.
+Each name of `NETWORKS` is also a function: the factory for tightfit, of the same initial values, since both call it
+with PyTorch's generator seeded with 0.
 """
 
 from __future__ import annotations
@@ -138,7 +140,9 @@ globals().update({name: partial(factory, name) for name in NETWORKS})
 
 
 def train(name: str, steps: int, threads: int) -> dict[str, Any]:
-    """Train as a PyTorch script does, with AdamW's fused kernel, and return losses, seconds of each step, and the peak."""
+    """Train as a PyTorch script does, with AdamW's fused kernel, and return losses, seconds of each step, and the
+    peak.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     module, _, loss_fn = factory(name)

@@ -3,7 +3,8 @@
     make example                                      # measures, on a machine that does nothing else
     make example ARGS='--profile FILE.json'           # takes what `tightfit profile` has measured
 
-The profile goes into the package without paths of this machine. It is made anew when `PROFILE_VERSION` moves, or the demo changes.
+The profile goes into the package without paths of this machine. It is made anew when `PROFILE_VERSION` moves, or the
+demo changes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/faults.py [--only NAME,...]
 
-Each fault replaces a line of a file while the quick tests of some folders run, up to the first that fails; the file is then as it
-was. A file with changes that are not committed is left alone. Exits with 1 if a fault is caught by no test.
+Each fault replaces a line of a file while the quick tests of some folders run, up to the first that fails; the file is
+then as it was. A file with changes that are not committed is left alone. Exits with 1 if a fault is caught by no test.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`right`, which stands once in `file`, becomes `wrong`; `tests` are the folders or files whose quick tests are run."""
+    """`right`, which stands once in `file`, becomes `wrong`; `tests` are the folders or files whose quick tests are
+    run.
+    """
 
     name: str
     file: str

@@ -3,10 +3,10 @@
     python tests/benchmarks/federated.py [--steps 192] [--rounds 8] [--budgets 320,400,569,800] [--lr 5e-4]
         [--split random,label] [--json FILE] [--write]
 
-SmolLM2-135M on film reviews, in batches of 16 x 64 tokens. Each device trains on sentences of its own under a cap of its own, which
-counts what Flower holds there; all take as many steps, together as many as the one process. `random` deals the sentences out like
-cards; with `label` two devices get four fifths of the positive ones, the others of the negative ones. Accuracy is on 200 held-out
-sentences. Needs Flower (`pip install 'tightfit[fleet]'`).
+SmolLM2-135M on film reviews, in batches of 16 x 64 tokens. Each device trains on sentences of its own under a cap of
+its own, which counts what Flower holds there; all take as many steps, together as many as the one process. `random`
+deals the sentences out like cards; with `label` two devices get four fifths of the positive ones, the others of the
+negative ones. Accuracy is on 200 held-out sentences. Needs Flower (`pip install 'tightfit[fleet]'`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Four devices on one machine, as different as they come: each has its share of a core, its memory cap and its own link.
+"""Four devices on one machine, as different as they come: each has its share of a core, its memory cap and its own
+link.
 
     python tests/benchmarks/fleet.py [--kinds data,pipeline] [--rates 100,10] [--quotas 1,.5,.25,.1]
         [--budgets 160,240,320,569] [--micro-batches 32] [--updates 3] [--equal] [--json FILE] [--write]
 
-SmolLM2-135M on film reviews. A device is a network namespace with a limited link (`tc`), a share of a core (cgroup) and a memory
-cgroup for each run; every device measures its own profile in its place. "x" is relative to the plan's predicted step. It needs root,
-and a Linux with network namespaces and token buckets.
+SmolLM2-135M on film reviews. A device is a network namespace with a limited link (`tc`), a share of a core (cgroup) and
+a memory cgroup for each run; every device measures its own profile in its place. "x" is relative to the plan's
+predicted step. It needs root, and a Linux with network namespaces and token buckets.
 """
 
 from __future__ import annotations
@@ -207,8 +208,8 @@ def run_fleet(folder: Path, fleet: AnyPlan, devices: Sequence[Place], data: Path
 
 
 def equal_shares(fleet: FleetPlan) -> FleetPlan:
-    """The same members, each with as many micro-batches. Gradients wait on disk: in memory, those of more micro-batches than
-    planned have no room.
+    """The same members, each with as many micro-batches. Gradients wait on disk: in memory, those of more micro-batches
+    than planned have no room.
     """
     chain, first = {member.name: member for member in fleet.chain}, 0
     members = []

@@ -1,12 +1,14 @@
-"""Plans that must stay as they are while code is moved: ``golden.py write FILE`` plans the corpus, ``golden.py compare OLD NEW`` says what differs.
+"""Plans that must stay as they are while code is moved: ``golden.py write FILE`` plans the corpus, ``golden.py compare
+OLD NEW`` says what differs.
 
     python tests/benchmarks/golden.py write before.json [--only NAME,...]
     python tests/benchmarks/golden.py compare before.json after.json [--step 0.0005] [--gap 0.0005]
 
-The corpus: five published models, estimated for ``zen5-2core``, at four budgets each; the demo's model at four; the same on a board with a slow card, at two; five models near their smallest budgets, at four; three modules at three; ten bare graphs at three; small graphs,
-chains and graphs with a disk at two; searches that a short time limit ends.
-A plan whose search the clock ended may differ from one run to the next: it is compared within the tolerances only. All others are
-compared to the digit, unless tolerances are given. Planning seconds are summed, and compared as a ratio.
+The corpus: five published models, estimated for ``zen5-2core``, at four budgets each; the demo's model at four; the
+same on a board with a slow card, at two; five models near their smallest budgets, at four; three modules at three; ten
+bare graphs at three; small graphs, chains and graphs with a disk at two; searches that a short time limit ends. A plan
+whose search the clock ended may differ from one run to the next: it is compared within the tolerances only. All others
+are compared to the digit, unless tolerances are given. Planning seconds are summed, and compared as a ratio.
 """
 
 from __future__ import annotations
@@ -185,7 +187,9 @@ def row_of(name: str, made: Profile, budget: int, limit: float, options: SearchO
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], step: float, gap: float) -> Iterator[str]:
-    """What of a row is not as it was; `step` and `gap` are how much worse, relative and in absolute points, it may be."""
+    """What of a row is not as it was; `step` and `gap` are how much worse, relative and in absolute points, it may
+    be.
+    """
     exact = not step and not gap and old["deterministic"] and new["deterministic"]
     if exact:
         yield from (f"{figure}: {old[figure]} -> {new[figure]}" for figure in FIGURES if old[figure] != new[figure])

@@ -1,11 +1,11 @@
-"""Bare graphs at budgets of 0.8, 0.6 and 0.4 of the keep-all peak: the planner, its gap, and the alternatives on the same graph under
-the same simulator.
+"""Bare graphs at budgets of 0.8, 0.6 and 0.4 of the keep-all peak: the planner, its gap, and the alternatives on the
+same graph under the same simulator.
 
     python tests/benchmarks/graphs.py [--time-limit 60] [--only VGG-16,...] [--shares 0.8,0.6,0.4] [--json FILE]
 
-Times are parts of keep-all's; a dash means that the alternative does not fit. "torch" is the fastest that fits of what PyTorch's
-activation memory budget solvers (`torch._functorch`, dynamic programming and greedy) save, over budgets of theirs, with the rest made again once in the
-backward.
+Times are parts of keep-all's; a dash means that the alternative does not fit. "torch" is the fastest that fits of what
+PyTorch's activation memory budget solvers (`torch._functorch`, dynamic programming and greedy) save, over budgets of
+theirs, with the rest made again once in the backward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The published models under the published memory: ``make bench-headline`` (an hour or more for all five).
 
-For every model: our plan and the fixed rules at the cap, ours from the cap to unlimited, each run under the cap that the
-kernel enforces, beside transformers + peft in the same sitting where a baseline script is given. Weights are random at
-full size: memory and time do not depend on their values. Prints a table, writes ``headline.json`` and ``headline.png``.
+For every model: our plan and the fixed rules at the cap, ours from the cap to unlimited, each run under the cap that
+the kernel enforces, beside transformers + peft in the same sitting where a baseline script is given. Weights are random
+at full size: memory and time do not depend on their values. Prints a table, writes ``headline.json`` and
+``headline.png``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ MIB = 1 << 20
 Row = dict[str, Any]
 """a line of the table: what ran, and its figures"""
 CAPS = {"qwen2.5-0.5b": 320, "qwen2.5-1.5b": 460, "qwen2.5-3b": 662, "gemma3-1b": 569, "gemma3-4b": 900}
-"""MiB for all that a run keeps alive: what MeBP reports for a phone, without file-backed pages there (Gemma3-4B: 1029 MB)."""
+"""MiB for all that a run keeps alive: what MeBP reports for a phone, without file-backed pages there (Gemma3-4B: 1029
+MB).
+"""
 BASELINE_NAMES = dict(zip(CAPS, ("qwen0.5b", "qwen1.5b", "qwen3b", "gemma1b", "gemma4b"), strict=True))
 RATIOS = (1.0, 1.25, 1.5, 2.0, 4.0)
 RULES = ("mebp", "mesp", "keep-all", "mezo", "lcsb")

@@ -1,10 +1,12 @@
-"""Both commands of README on machines that are not ours: ``make test-machines`` makes an ordinary user, and for each Python an environment
-of its own, with the packages of .ci/lock.txt, the newest ones, or the lowest that pyproject.toml allows.
+"""Both commands of README on machines that are not ours: ``make test-machines`` makes an ordinary user, and for each
+Python an environment of its own, with the packages of .ci/lock.txt, the newest ones, or the lowest that pyproject.toml
+allows.
 
-    python tests/benchmarks/machines.py [--pythons python3.11,/usr/bin/python3.13] [--users ordinary,root] [--packages locked,newest]
+    python tests/benchmarks/machines.py [--pythons python3.11,/usr/bin/python3.13] [--users ordinary,root] [--packages
+    locked,newest]
 
-A quarter of an hour for each combination, one after the other. `--write` puts the table into CONTRIBUTING.md. An ordinary user is made
-by root alone; whoever else starts this tries as who they are.
+A quarter of an hour for each combination, one after the other. `--write` puts the table into CONTRIBUTING.md. An
+ordinary user is made by root alone; whoever else starts this tries as who they are.
 """
 
 from __future__ import annotations

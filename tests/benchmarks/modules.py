@@ -1,8 +1,8 @@
-"""Modules beside eager PyTorch: ResNet-50, ViT-S/16, a U-Net, an LSTM, a GPT and networks of timm, at all, half and a quarter of the
-memory that eager PyTorch takes (``make bench-modules``).
+"""Modules beside eager PyTorch: ResNet-50, ViT-S/16, a U-Net, an LSTM, a GPT and networks of timm, at all, half and a
+quarter of the memory that eager PyTorch takes (``make bench-modules``).
 
-`eager.py` trains each network in a process of its own, whose peak gives the budgets. Then that process and the plans run by
-turns, and the losses of the plans' steps are compared with those of eager PyTorch.
+`eager.py` trains each network in a process of its own, whose peak gives the budgets. Then that process and the plans
+run by turns, and the losses of the plans' steps are compared with those of eager PyTorch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from tightfit.runtime.common.units import MIB
 
 SHARES = {"all": 1.0, "half": 0.5, "a quarter": 0.25}
 FIRST = 1
-"""steps of each turn whose seconds do not count: they fault memory in, and the first allocates the optimizer's states"""
+"""steps of each turn whose seconds do not count: they fault memory in, and the first allocates the optimizer's
+states
+"""
 
 
 def main(

@@ -1,9 +1,9 @@
 """The networks of the rematerialisation papers as bare training graphs, traced without weights or data.
 
-Batch sizes are those of Checkmate (Jain et al. 2020) where it has them. Seconds are estimated for an NVIDIA V100 in float32 from
-operations and bytes moved: 15.7 TFLOP/s and 900 GB/s by its data sheet, of which 60 % and 80 % are taken to be reached, and
-5 µs for a launch. Views and tuple items are no operators: their readers read what they look at. Gradients of parameters count
-in the fixed bytes, with the parameters and the batch.
+Batch sizes are those of Checkmate (Jain et al. 2020) where it has them. Seconds are estimated for an NVIDIA V100 in
+float32 from operations and bytes moved: 15.7 TFLOP/s and 900 GB/s by its data sheet, of which 60 % and 80 % are taken
+to be reached, and 5 µs for a launch. Views and tuple items are no operators: their readers read what they look at.
+Gradients of parameters count in the fixed bytes, with the parameters and the batch.
 """
 
 from __future__ import annotations

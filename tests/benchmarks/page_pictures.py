@@ -1,4 +1,5 @@
-"""`make page-pictures`: takes the pictures of the page that the README and the documentation show, ``examples/page-*.png``.
+"""`make page-pictures`: takes the pictures of the page that the README and the documentation show,
+``examples/page-*.png``.
 
 A service begins with its example, measures the demo's model and fine-tunes it as the demo does.
 """

@@ -1,8 +1,8 @@
 """How long planning takes and how near the bound it comes: decoders of published shapes, against every fixed rule.
 
 Prints tables and, with --output, writes the figures as JSON. CPU seconds: a plan uses one thread, and other processes
-do not count; a curve is planned by two processes, and timed by the clock. "torch" is the fastest that fits of what PyTorch's activation memory budget solvers (`torch._functorch`) save,
-weights unpacked or streamed, the rest made again.
+do not count; a curve is planned by two processes, and timed by the clock. "torch" is the fastest that fits of what
+PyTorch's activation memory budget solvers (`torch._functorch`) save, weights unpacked or streamed, the rest made again.
 """
 
 from __future__ import annotations
@@ -196,8 +196,8 @@ def at_budgets(layers: int, time_limit: float, report: tables.Report) -> list[di
 
 
 def on_a_curve(layers: int, time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
-    """Twelve budgets by one comparison, whose processes reuse what they have found, beside each by a planner that knows nothing yet;
-    by the clock on the wall.
+    """Twelve budgets by one comparison, whose processes reuse what they have found, beside each by a planner that knows
+    nothing yet; by the clock on the wall.
     """
     profile = decoder_profile(layers)
     smallest, largest = ends(ModelPlanner(profile))
@@ -243,8 +243,8 @@ def _cpu_seconds() -> float:
 
 
 def near_the_smallest(layers: int, time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
-    """Budgets little above the smallest, each by a planner that knows nothing yet, and all by one that comes down to them from
-    roomier ones.
+    """Budgets little above the smallest, each by a planner that knows nothing yet, and all by one that comes down to
+    them from roomier ones.
     """
     profile = decoder_profile(layers)
     smallest, _ = ends(ModelPlanner(profile))

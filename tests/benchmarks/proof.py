@@ -1,8 +1,10 @@
-"""Thousands of small graphs searched by brute force for one that contradicts the planner: its optimum, its smallest budget, its bounds.
+"""Thousands of small graphs searched by brute force for one that contradicts the planner: its optimum, its smallest
+budget, its bounds.
 
     python tests/benchmarks/proof.py [--graphs 20000] [--with-disk 4000] [--chains 40]
 
-The checks are those of the tests, on graphs that the tests do not use. Stops at the first contradiction, naming the graph's seed.
+The checks are those of the tests, on graphs that the tests do not use. Stops at the first contradiction, naming the
+graph's seed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`make bench-service`: many clients at once on cached and new plans, kill -9 of service and workers in a loop, and what another
-client waits while somebody looks at a plan of 10,000 operators.
+"""`make bench-service`: many clients at once on cached and new plans, kill -9 of service and workers in a loop, and
+what another client waits while somebody looks at a plan of 10,000 operators.
 
-Targets: with two solves running, cached answers at 300/s or more with the 99th percentile under 150 ms; no error, no lost
-job; 20 kills with every acknowledged job accounted for; others wait for less than 150 ms while a view is made.
+Targets: with two solves running, cached answers at 300/s or more with the 99th percentile under 150 ms; no error, no
+lost job; 20 kills with every acknowledged job accounted for; others wait for less than 150 ms while a view is made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The method `mobillm` of `convergence.py`: trains a side network by two processes here, and judges it by transformers.
 
-The device has the cap of all methods, the server 1 GiB; both share this machine's cores, so that measured seconds are longer
-than those of two machines.
+The device has the cap of all methods, the server 1 GiB; both share this machine's cores, so that measured seconds are
+longer than those of two machines.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def trained_pair(fleet: SidePlan, folder: Path, data: Path, out: Path, *, steps:
 
 
 class SideJudge:
-    """Loss and next-token accuracy of a side network beside transformers' model, whose outputs are rounded as they are for
-    messages.
+    """Loss and next-token accuracy of a side network beside transformers' model, whose outputs are rounded as they are
+    for messages.
     """
 
     def __init__(self, model: torch.nn.Module, fleet: SidePlan, records: Any, samples: int) -> None:

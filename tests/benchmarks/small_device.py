@@ -1,9 +1,9 @@
-"""From nothing cached to an adapter inside a memory cgroup without swap: ``make bench-small`` prints, stage by stage, what was held, how
-often the limit was met, and whether something was killed.
+"""From nothing cached to an adapter inside a memory cgroup without swap: ``make bench-small`` prints, stage by stage,
+what was held, how often the limit was met, and whether something was killed.
 
-The cgroup holds the whole command and has the budget as its limit. The bundle comes from a ``service`` (on this machine, outside the
-cgroup, which also plans) or is a ``folder`` (`tightfit prepare`, outside, has made it). ``ARGS='--models smollm2 --bundles folder'`` for
-one.
+The cgroup holds the whole command and has the budget as its limit. The bundle comes from a ``service`` (on this
+machine, outside the cgroup, which also plans) or is a ``folder`` (`tightfit prepare`, outside, has made it).
+``ARGS='--models smollm2 --bundles folder'`` for one.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def _model(name: str) -> tuple[str, str]:
 
 @contextmanager
 def _device(bundle: str, words: list[str], folder: Path) -> Iterator[dict[str, str]]:
-    """The environment of the device, with an empty cache; what works elsewhere works meanwhile, or has worked before."""
+    """The environment of the device, with an empty cache; what works elsewhere works meanwhile, or has worked
+    before.
+    """
     device = os.environ | {"PYTHONPATH": python_path(), "TIGHTFIT_CACHE": str(folder / "cache")}
     elsewhere = device | {"TIGHTFIT_CACHE": str(folder / "elsewhere")}
     if bundle == "folder":

@@ -1,4 +1,6 @@
-"""Tables of results, written where people read them: one file of docs/benchmarks/ for each benchmark, with its command, machine and date."""
+"""Tables of results, written where people read them: one file of docs/benchmarks/ for each benchmark, with its command,
+machine and date.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Expected beside measured: ``make bench-truth`` plans decoders and foreign modules at four budgets, as `tightfit plan` does, and runs
-each plan again and again in its exact budget (two hours for all; ``ARGS='--models convnext_pico --runs 3'`` for one in minutes).
+"""Expected beside measured: ``make bench-truth`` plans decoders and foreign modules at four budgets, as `tightfit plan`
+does, and runs each plan again and again in its exact budget (two hours for all; ``ARGS='--models convnext_pico --runs
+3'`` for one in minutes).
 
-The budgets are the smallest one, 1.3 and 2 times that, and all memory. A plan is rehearsed before it counts: its expected seconds are
-its rehearsal's. Each run is a process of its own under a cap of exactly the predicted peak: one byte more held ends it. By how much
-runs of one plan differ among each other is the machine's own spread.
+The budgets are the smallest one, 1.3 and 2 times that, and all memory. A plan is rehearsed before it counts: its
+expected seconds are its rehearsal's. Each run is a process of its own under a cap of exactly the predicted peak: one
+byte more held ends it. By how much runs of one plan differ among each other is the machine's own spread.
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ def measured(
 
 
 def carried_out(plan: Plan, runs: int, steps: int) -> tuple[list[int], list[list[float]], int]:
-    """Peaks of all processes, of each run the seconds of all steps but the first ones, and how many runs the cap ended."""
+    """Peaks of all processes, of each run the seconds of all steps but the first ones, and how many runs the cap
+    ended.
+    """
     peaks, early = [plan.device.floor.supervisor_bytes], 0
     seconds: list[list[float]] = []
     for _ in range(runs):

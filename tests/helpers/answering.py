@@ -1,4 +1,6 @@
-"""Answers inside the test process: plans with chosen figures, the decoder with its cache, and what transformers answers."""
+"""Answers inside the test process: plans with chosen figures, the decoder with its cache, and what transformers
+answers.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ BESIDE = 3 << 20
 
 
 def figures(pieces: Sequence[RowPiece], *, unpacked: float = 0.5, read: float = 1e-9, core: float = 1e-10) -> Figures:
-    """Figures with which a matrix that stays unpacked takes `unpacked` of the seconds of one that is unpacked every time."""
+    """Figures with which a matrix that stays unpacked takes `unpacked` of the seconds of one that is unpacked every
+    time.
+    """
     rates: dict[str, float] = {}
     for piece in pieces:
         entry = piece.entry
@@ -100,7 +104,9 @@ def opened(
     body: str = BODY,
     channel: TransferChannel | None = None,
 ) -> Iterator[CachedDecoder]:
-    """The decoder of a plan, in this process; `body` is what the adapter calls the model's, `channel` what reads ahead."""
+    """The decoder of a plan, in this process; `body` is what the adapter calls the model's, `channel` what reads
+    ahead.
+    """
     file = None if adapter is None else str(adapter / WEIGHTS)
     job = job_of(problem, plan, store, cap_bytes=1 << 62, adapter=file, body=body)
     channel = channel or TransferChannel()

@@ -1,4 +1,6 @@
-"""Helpers that break a plan's schedule by an edit and assert which invariant the simulator finds violated; changes of fleets."""
+"""Helpers that break a plan's schedule by an edit and assert which invariant the simulator finds violated; changes of
+fleets.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Formats of checkpoints that tests read, by what they are parametrised with; the table of docs/checkpoints.md is made of
-this list.
+"""Formats of checkpoints that tests read, by what they are parametrised with; the table of docs/checkpoints.md is made
+of this list.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Random decisions for a layer, what the layer model says of them beside their schedules, and settings of an almost instant
-disk.
+"""Random decisions for a layer, what the layer model says of them beside their schedules, and settings of an almost
+instant disk.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The families of decoders that tests compare with transformers and PEFT, each by a tiny config with something of all that
-is its own; the table of docs/models.md is made of this list.
+"""The families of decoders that tests compare with transformers and PEFT, each by a tiny config with something of all
+that is its own; the table of docs/models.md is made of this list.
 """
 
 from __future__ import annotations

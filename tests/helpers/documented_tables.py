@@ -1,5 +1,5 @@
-"""Tables of the documentation that are made of what tests are parametrised with, and of the commands' options: ``make docs`` writes
-them, and tests/whole/test_docs.py compares them.
+"""Tables of the documentation that are made of what tests are parametrised with, and of the commands' options: ``make
+docs`` writes them, and tests/whole/test_docs.py compares them.
 """
 
 from __future__ import annotations

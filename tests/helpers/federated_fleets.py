@@ -1,4 +1,6 @@
-"""Small federated fleets: a traced model whose operators are said to take some time, planned for devices of any speed."""
+"""Small federated fleets: a traced model whose operators are said to take some time, planned for devices of any
+speed.
+"""
 
 from __future__ import annotations
 

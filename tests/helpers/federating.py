@@ -1,4 +1,6 @@
-"""Federated rounds on this machine: the processes of `tightfit fleet federate`, and the adapter that they have to come to."""
+"""Federated rounds on this machine: the processes of `tightfit fleet federate`, and the adapter that they have to come
+to.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_of_rounds(plan, devices, steps, work):
-    """The adapter after two rounds, by running each device's part here and averaging. `plan`: of a device, `devices`: (plan's
-    file, data) by name, `steps`: number of steps by name.
+    """The adapter after two rounds, by running each device's part here and averaging. `plan`: of a device, `devices`:
+    (plan's file, data) by name, `steps`: number of steps by name.
     """
     current = aggregate.started(aggregate.shapes_of(plan), 0)
     for number in (1, 2):
@@ -64,7 +66,9 @@ class Running:
 
 @contextmanager
 def processes(folder) -> Iterator:
-    """start(name, *words) runs `tightfit fleet federate` and writes what it says in `folder`; all are ended in the end."""
+    """start(name, *words) runs `tightfit fleet federate` and writes what it says in `folder`; all are ended in the
+    end.
+    """
     running = []
 
     def start(name, *words):

@@ -1,6 +1,7 @@
 """Small fleets on this machine: a traced model without measured times, a plan for each member, processes that run them.
 
-`python fleets.py FLEET.json NAME PORT OUT OPTIONS` runs one member, and `python fleets.py PLAN.json OUT OPTIONS` a plan alone.
+`python fleets.py FLEET.json NAME PORT OUT OPTIONS` runs one member, and `python fleets.py PLAN.json OUT OPTIONS` a plan
+alone.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def train(
     seed: int = 7,
     channel: TransferChannel | None = None,
 ) -> tuple[list[float], bytes, bytes]:
-    """The losses of some steps, and the files of the adapter and of the optimizer's state, which are left in `folder`."""
+    """The losses of some steps, and the files of the adapter and of the optimizer's state, which are left in
+    `folder`.
+    """
     folder.mkdir(exist_ok=True)
     training = make_training(plan, records, folder, lr=lr, seed=seed, channel=channel)
     training.initialise()

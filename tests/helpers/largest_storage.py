@@ -8,7 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestStorage(TorchDispatchMode):
-    """While it is entered: the largest storage that operators make beside those of `known`, in bytes and in elements."""
+    """While it is entered: the largest storage that operators make beside those of `known`, in bytes and in
+    elements.
+    """
 
     def __init__(self, known):
         super().__init__()

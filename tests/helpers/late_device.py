@@ -1,8 +1,8 @@
 """A test device that works later than it is asked, as an accelerator does, and at the worst moments.
 
-Operators wait in a queue and run in its order; copies run beside them. Whatever may run by the marks that the engine gave may run at
-any moment, or not before somebody waits for it: a seed draws which. Between two of them the arena holds garbage, so that what
-the engine reads or writes there without asking the device is wrong or lost.
+Operators wait in a queue and run in its order; copies run beside them. Whatever may run by the marks that the engine
+gave may run at any moment, or not before somebody waits for it: a seed draws which. Between two of them the arena holds
+garbage, so that what the engine reads or writes there without asking the device is wrong or lost.
 """
 
 from __future__ import annotations

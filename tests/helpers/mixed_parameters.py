@@ -1,4 +1,6 @@
-"""A module whose parameters have every number of dimensions: a number, long vectors, matrices, kernels of convolutions."""
+"""A module whose parameters have every number of dimensions: a number, long vectors, matrices, kernels of
+convolutions.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Adapters that PEFT itself makes and saves for tiny models of transformers, with values that are not their initial ones; and
-the models that PEFT merges them into.
+"""Adapters that PEFT itself makes and saves for tiny models of transformers, with values that are not their initial
+ones; and the models that PEFT merges them into.
 """
 
 from __future__ import annotations

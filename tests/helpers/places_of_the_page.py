@@ -1,4 +1,5 @@
-"""What the tests of the page's places share: a service that must not log errors, a tab that must not complain, tables as text, axe.
+"""What the tests of the page's places share: a service that must not log errors, a tab that must not complain, tables
+as text, axe.
 
 The fixtures made of it stand in `tests/planner/service/page/conftest.py`.
 """
@@ -32,9 +33,11 @@ def serving(folder, *roots):
 
 @contextlib.contextmanager
 def tab(browser, url, *, expected=(), **options):
-    """A tab of its own, opened at `url`. What goes wrong in it fails the test, and so does a request that leaves the service.
+    """A tab of its own, opened at `url`. What goes wrong in it fails the test, and so does a request that leaves the
+    service.
 
-    `expected` are patterns of what the console may say, such as that a resource answered with a status that the test provokes.
+    `expected` are patterns of what the console may say, such as that a resource answered with a status that the test
+    provokes.
     """
     context = browser.new_context(viewport=options.pop("viewport", DESK), **options)
     opened = context.new_page()
@@ -78,8 +81,9 @@ HIDDEN = """[...document.querySelectorAll("#places a")].filter((place) => place.
 
 
 def nothing_hinders(page, pictures, name):
-    """At three sizes, in light and dark: axe finds no fault, nothing is wider than the window, no place and no table is cut off; a picture is kept
-    of each."""
+    """At three sizes, in light and dark: axe finds no fault, nothing is wider than the window, no place and no table is
+    cut off; a picture is kept of each.
+    """
     before = page.viewport_size
     for size, viewport in SIZES.items():
         page.set_viewport_size(viewport)

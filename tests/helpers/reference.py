@@ -235,7 +235,9 @@ def trained_by_peft(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def adapted_by_peft(model: Any, place: Path) -> Any:
-    """peft's model with the adapter in `place`, of which it holds every tensor as the file has it, to be trained further."""
+    """peft's model with the adapter in `place`, of which it holds every tensor as the file has it, to be trained
+    further.
+    """
     import peft
 
     loaded = peft.PeftModel.from_pretrained(model, place, is_trainable=True, autocast_adapter_dtype=False).eval()
@@ -264,7 +266,9 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def told_of_padding(model: Any, labels: Tensor) -> dict[str, Tensor]:
-    """What a model is given beside tokens if it has a loss of routers, which counts no padding: what is behind the last label of a row."""
+    """What a model is given beside tokens if it has a loss of routers, which counts no padding: what is behind the last
+    label of a row.
+    """
     if not getattr(model.config, "output_router_logits", False):
         return {}
     ends = [max((place + 1 for place, label in enumerate(row) if label >= 0), default=0) for row in labels.tolist()]
@@ -278,8 +282,8 @@ def router_loss(model: Any, made: Any) -> Any:
 
 
 def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """That of a language model of transformers or peft on a batch, with the loss of its routers if its config asks for it; with
-    `positions` each sample of a row by itself, without padding and without that.
+    """That of a language model of transformers or peft on a batch, with the loss of its routers if its config asks for
+    it; with `positions` each sample of a row by itself, without padding and without that.
     """
     if positions is None:
         made = model(input_ids=ids, **told_of_padding(model, labels))
@@ -299,8 +303,8 @@ def training_batches(
     *,
     packing: bool = False,
 ) -> list[list[Tensor]]:
-    """[ids, labels] of the first `count` training steps on prepared data, and with `packing`, where samples share rows, also
-    [positions]; all padded to `seq`. `records` is its file or the folder of a run.
+    """[ids, labels] of the first `count` training steps on prepared data, and with `packing`, where samples share rows,
+    also [positions]; all padded to `seq`. `records` is its file or the folder of a run.
     """
     if Path(records).is_dir():
         records = next((Path(records) / "data").glob("train*"))
@@ -328,8 +332,9 @@ def evaluated(model: torch.nn.Module, out: Path, batch: int, seq: int) -> float:
 
 
 def evaluated_apart(model: torch.nn.Module, records: Path) -> tuple[float, float, int]:
-    """What an evaluation on prepared data has to find, of one sample at a time and without padding: the mean loss of all labelled
-    tokens but those of wrong choices, the share of questions whose right choice is the likeliest, and their number.
+    """What an evaluation on prepared data has to find, of one sample at a time and without padding: the mean loss of
+    all labelled tokens but those of wrong choices, the share of questions whose right choice is the likeliest, and
+    their number.
     """
     total, labelled = 0.0, 0
     choices: dict[int, list[tuple[float, bool]]] = defaultdict(list)
@@ -350,7 +355,9 @@ def evaluated_apart(model: torch.nn.Module, records: Path) -> tuple[float, float
 def trained_by_adamw(
     parameters: Iterable[Tensor], loss: Callable[..., Tensor], batches: Iterable[Sequence[Tensor]], *, lr: float
 ) -> tuple[list[float], torch.optim.AdamW]:
-    """A step of torch.optim.AdamW on each batch: the losses, and its state. `loss` is called with the tensors of a batch."""
+    """A step of torch.optim.AdamW on each batch: the losses, and its state. `loss` is called with the tensors of a
+    batch.
+    """
     optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0)
     losses = []
     for batch in batches:
@@ -381,9 +388,9 @@ def updates_of_large_batches(
     limit: float | None = None,
     rates: Sequence[float] = (),
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """The updates of a run in `out` of a decoder of CONFIGS, whose steps have one sample each, by transformers + peft: the samples of
-    an update in one batch, its loss a mean over all labelled tokens. `limit`: of the norm of the gradients, `rates`: of
-    the updates.
+    """The updates of a run in `out` of a decoder of CONFIGS, whose steps have one sample each, by transformers + peft:
+    the samples of an update in one batch, its loss a mean over all labelled tokens. `limit`: of the norm of the
+    gradients, `rates`: of the updates.
 
     Returns the losses of the samples, the norms and the adapter.
     """
@@ -423,8 +430,8 @@ def errors_beside_peft(
     batch: dict[str, Tensor],
     settings: dict[str, Any],
 ) -> tuple[float, dict[str, float]]:
-    """Relative errors of the loss, and of the gradients by the names of what is trained, against transformers and peft in float32, whose
-    pairs have the `settings` of adapter_config.json. Both train the same.
+    """Relative errors of the loss, and of the gradients by the names of what is trained, against transformers and peft
+    in float32, whose pairs have the `settings` of adapter_config.json. Both train the same.
     """
     made = interpret(traced, weights, batch)
     model = peft_model(config, weights, settings, torch.float32)

@@ -34,8 +34,8 @@ def sample_member(name, first, count, seconds, **changes):
 
 
 def sample_fleet(**changes):
-    """Eight micro-batches: five on a laptop in 5 s, three on a phone in 4.5 s, none on a watch. The laptop's sum goes up to
-    the phone in four pieces of 0.25 s, the mean comes back in four more, and both update in 0.25 s: 7.25 s.
+    """Eight micro-batches: five on a laptop in 5 s, three on a phone in 4.5 s, none on a watch. The laptop's sum goes
+    up to the phone in four pieces of 0.25 s, the mean comes back in four more, and both update in 0.25 s: 7.25 s.
     """
     values = {
         "fingerprint": "f" * 64,

@@ -1,5 +1,5 @@
-"""Profiles of a device and of a server that trains a side network beside a small decoder, without measured times, and the
-plan of both.
+"""Profiles of a device and of a server that trains a side network beside a small decoder, without measured times, and
+the plan of both.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ def with_small_start(profile: Profile) -> Profile:
 
 
 def spilling_plan(profile: Profile) -> Plan:
-    """The schedule of the smallest budget that the step alone needs, as a plan in the budget that the start needs too."""
+    """The schedule of the smallest budget that the step alone needs, as a plan in the budget that the start needs
+    too.
+    """
     planner = ModelPlanner(with_small_start(profile))
     schedule = planner.plan(planner.minimum(time_limit=600).peak_bytes, time_limit=600)
     budget = ModelPlanner(profile).minimum(time_limit=600).peak_bytes

@@ -1,5 +1,5 @@
-"""Modules whose forward keeps something from one call to the next, or draws random numbers, and what becomes of each: tests go through
-them, and docs/python.md has them as a table.
+"""Modules whose forward keeps something from one call to the next, or draws random numbers, and what becomes of each:
+tests go through them, and docs/python.md has them as a table.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def three_plans(made: Profile) -> list[Plan]:
 
 
 def losses_of_equal_runs(plans: Sequence[Plan], data: str, folder: Path, training: Mapping[str, Any]) -> list[float]:
-    """The losses of a run of every plan, which are the same. Asserts that the adapters are equal to the bit, and that each run stays
-    within its plan's budget and prediction.
+    """The losses of a run of every plan, which are the same. Asserts that the adapters are equal to the bit, and that
+    each run stays within its plan's budget and prediction.
     """
     adapters, losses = set(), []
     for number, each in enumerate(plans):

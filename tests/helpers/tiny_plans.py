@@ -68,8 +68,9 @@ def decoder_profile(
 ):
     """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
 
-    `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such. `tile`: tokens that go through a layer at a time;
-    `matrix_rows`: rows of a frozen matrix that are multiplied at a time.
+    `lora`: a LoraConfig; by default pairs of `rank` everywhere. `preference`: a loss of pairs, if it learns from such.
+    `tile`: tokens that go through a layer at a time; `matrix_rows`: rows of a frozen matrix that are multiplied at a
+    time.
     """
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve

@@ -29,7 +29,9 @@ def trace_decoder(
     tile: int | None = None,
     matrix_rows: int | None = None,
 ) -> Trace:
-    """The step of a decoder written by hand; by default with pairs of RANK everywhere, with all tokens in one tile and matrices whole."""
+    """The step of a decoder written by hand; by default with pairs of RANK everywhere, with all tokens in one tile and
+    matrices whole.
+    """
     tiles = 1 if tile is None else batch * seq // tile
     return trace_step(fake_decoder(config, dtype, lora, tile, matrix_rows), batch, seq, tiles)
 
@@ -121,7 +123,9 @@ def interpret(
 def loss_and_gradients(
     traced: Trace, weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], *, compiled: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """(loss, gradients by the names of what is trained) by the plain interpreter, or with operators `compiled` as for a run."""
+    """(loss, gradients by the names of what is trained) by the plain interpreter, or with operators `compiled` as for a
+    run.
+    """
     trained = [tensor.name for tensor in traced.tensors if tensor.kind == "trainable"]
     wanted = [traced.loss, *(f"grad:{name}" for name in trained)]
 

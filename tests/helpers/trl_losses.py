@@ -1,7 +1,7 @@
 """The losses of TRL on pairs of answers, in plain PyTorch: `DPOTrainer` with its sigmoid loss, and `ORPOTrainer`.
 
-A batch has the chosen answers in its even rows and the rejected ones in its odd rows. Labels are already shifted: labels[t] is
-the token that place t predicts, or -100.
+A batch has the chosen answers in its even rows and the rejected ones in its odd rows. Labels are already shifted:
+labels[t] is the token that place t predicts, or -100.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dpo(logits: Tensor, labels: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
-    """The sigmoid loss of Rafailov et al. 2023, with what TRL logs; `reference`: summed log-probabilities of each row."""
+    """The sigmoid loss of Rafailov et al. 2023, with what TRL logs; `reference`: summed log-probabilities of each
+    row.
+    """
     sums, _ = answers(logits, labels)
     ratios = sums - reference
     losses = -F.logsigmoid(beta * (ratios[0::2] - ratios[1::2]))
@@ -38,7 +40,9 @@ def dpo(logits: Tensor, labels: Tensor, reference: Tensor, beta: float) -> dict[
 
 
 def orpo(logits: Tensor, labels: Tensor, whole: Tensor, beta: float) -> dict[str, Tensor]:
-    """Hong et al. 2024: `whole` are the labels of prompt and answer, over which TRL takes the likelihood of chosen rows."""
+    """Hong et al. 2024: `whole` are the labels of prompt and answer, over which TRL takes the likelihood of chosen
+    rows.
+    """
     sums, counts = answers(logits, labels)
     chosen, rejected = (sums / counts)[0::2], (sums / counts)[1::2]
     log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))

@@ -1,4 +1,6 @@
-"""Two machines on one: network namespaces that are connected by a cable, a planner's and a device's, which call each other by name."""
+"""Two machines on one: network namespaces that are connected by a cable, a planner's and a device's, which call each
+other by name.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Machines:
         return self._on(self.names[1], line)
 
     def _on(self, name: str, line: list[str]) -> list[str]:
-        """The command line that carries a command out there. Control groups stay where they are, which `ip netns exec` hides."""
+        """The command line that carries a command out there. Control groups stay where they are, which `ip netns exec`
+        hides.
+        """
         mounted = 'mount --bind "$0" /etc/hosts && exec "$@"'
         inside = ["unshare", "--mount", "/bin/sh", "-c", mounted, str(self.hosts)]
         return ["nsenter", f"--net=/run/netns/{name}", *inside, *line]

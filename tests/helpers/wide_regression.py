@@ -1,4 +1,6 @@
-"""A module whose parameters are what takes memory: with them, their gradients and states on disk a plan needs far less."""
+"""A module whose parameters are what takes memory: with them, their gradients and states on disk a plan needs far
+less.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Plans that clip gradients: the layer model beside the layer's schedule, bounds beside schedules that were carried out, what the
-simulator rejects, what plans say and what is refused.
+"""Plans that clip gradients: the layer model beside the layer's schedule, bounds beside schedules that were carried
+out, what the simulator rejects, what plans say and what is refused.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ from tightfit.profiles.schema import EXCHANGE, OPTIMIZER_STATES, Profile, Tensor
 from tightfit.runtime.common.errors import InputError
 
 PASSES = {"adamw": 7, "adam": 7, "sgd": 3, "momentum": 5, "lion": 5, "adafactor": 24}
-"""gradient and parameter are read, the parameter is written, each state is read and written; Adafactor takes as long as so many"""
+"""gradient and parameter are read, the parameter is written, each state is read and written; Adafactor takes as long as
+so many
+"""
 ROWS = 1024
 """of a slice, where it is a matrix"""
 
@@ -67,7 +69,9 @@ def test_fewer_states_fit_less_memory() -> None:
 
 
 def test_means_of_rows_and_columns_fit_less_memory_than_adamws_moments() -> None:
-    """Where matrices are trained, one mean for each row and column is all that is left of two moments; of vectors, one state is."""
+    """Where matrices are trained, one mean for each row and column is all that is left of two moments; of vectors, one
+    state is.
+    """
     factored = (ROWS + SLICE // 4 // ROWS) * 4
     usual, made = ModelPlanner(matrices(3)), ModelPlanner(with_optimizer(matrices(3), "adafactor"))
     saved = usual.minimum().peak_bytes - made.minimum().peak_bytes
@@ -96,7 +100,9 @@ def test_the_bytes_of_a_state_are_those_of_torchs(shape: list[int]) -> None:
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_states_of_several_sizes_are_moved_by_their_own_bytes(steps: int, limit: float | None) -> None:
-    """At the smallest budget all states are on disk; a step moves each of them once in both directions, counted by hand."""
+    """At the smallest budget all states are on disk; a step moves each of them once in both directions, counted by
+    hand.
+    """
     profile = matrices(3, movable=False).model_copy(update={"optimizer": adamw(steps)})
     wanted = with_optimizer(profile, "adafactor")
     planner = ModelPlanner(wanted if limit is None else clipped(wanted, limit))
@@ -206,7 +212,9 @@ def test_a_plan_says_which_optimizer_updates() -> None:
 def test_comparisons_and_the_smallest_budget_are_of_the_same_step_as_plans(
     name: str | None, limit: float | None
 ) -> None:
-    """Every rule, too, has the states, the seconds and the smallest budget of a plan with this optimizer and clipping."""
+    """Every rule, too, has the states, the seconds and the smallest budget of a plan with this optimizer and
+    clipping.
+    """
     profile = matrices(3)
     chosen: dict[str, Any] = {"optimizer": name, "max_grad_norm": limit}
     least = minimum_budget(profile, **chosen)

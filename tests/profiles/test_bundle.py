@@ -269,7 +269,9 @@ def test_another_bundle_in_the_same_folder_replaces_all(model: Path, whole: Path
 
 
 def test_a_process_without_pytorch_does_without(model: Path, tmp_path: Path, folder: Path) -> None:
-    """A worker traces within the memory that is said, CUDA's libraries included; what it gives is the same to the bit."""
+    """A worker traces within the memory that is said, CUDA's libraries included; what it gives is the same to the
+    bit.
+    """
     script = (
         "import sys; from tightfit.profiles.api import prepare\n"
         "from tightfit.profiles.worker_process import MEMORY_OF_WORKERS as workers\n"

@@ -1,4 +1,6 @@
-"""Gradients of several steps that make one update: against one large batch under autograd, at any budget, across an interruption."""
+"""Gradients of several steps that make one update: against one large batch under autograd, at any budget, across an
+interruption.
+"""
 
 from __future__ import annotations
 

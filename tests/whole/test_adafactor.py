@@ -41,7 +41,9 @@ def wide() -> tuple[nn.Module, tuple[Tensor]]:
 
 
 def in_pytorch(dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Losses, parameters and states, both in float32: the module is PyTorch's in `dtype`, its update that of float32 copies."""
+    """Losses, parameters and states, both in float32: the module is PyTorch's in `dtype`, its update that of float32
+    copies.
+    """
     in_full = build_module(FACTORY)[0]
     module = in_full if dtype == torch.float32 else narrowed(*build_module(FACTORY), dtype)[0]
     masters = dict(in_full.named_parameters())
@@ -86,7 +88,8 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
     assert values.keys() == parameters.keys() == {name.partition(":")[2] for name in kept}
     for name, expected in parameters.items():
         start = dict(build_module(FACTORY)[0].named_parameters())[name].detach()
-        # Compared with how far training has moved it. A kernel of one element moves by a gradient's sign, however small it is.
+        # Compared with how far training has moved it. A kernel of one element moves by a gradient's sign, however small
+        # it is.
         assert float((values[name] - expected).norm()) <= near * float((expected - start).norm()) + 1e-7, name
         parts = ("variance",) if expected.dim() < 2 else ("row_var", "col_var")
         theirs = torch.cat([states[name][part].flatten() for part in parts])
@@ -96,8 +99,8 @@ def test_a_module_is_trained_as_by_torch_with_the_same_bits_at_two_budgets(
 
 @pytest.mark.slow
 def test_the_smallest_budget_is_below_adamws(cache: Path) -> None:
-    """A module of two matrices of 16 MiB is trained in 29 MiB less than with AdamW, which has two moments of a matrix in memory
-    while it is updated.
+    """A module of two matrices of 16 MiB is trained in 29 MiB less than with AdamW, which has two moments of a matrix
+    in memory while it is updated.
     """
     measured = profile(f"{__name__}:wide")
     least = {name: minimum_budget(measured, optimizer=name) for name in ("adamw", "lion", "sgd", "adafactor")}

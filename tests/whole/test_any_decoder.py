@@ -71,7 +71,9 @@ class Case:
     def __init__(
         self, config: dict[str, Any], folder: Path, dtype: str, written: str = "", *, experts: bool = False
     ) -> None:
-        """`written`: config.json, where it is another text than `config`. `experts`: with pairs for those of mixtures."""
+        """`written`: config.json, where it is another text than `config`. `experts`: with pairs for those of
+        mixtures.
+        """
         self.model = checkpoint(config, folder)
         (folder / "config.json").write_text(written or json.dumps(config))
         self.source = any_directory_source(folder)
@@ -99,8 +101,8 @@ class Case:
         write_adapter(self.place, told, self.trained, self.body)
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, torch.Tensor]]:
-        """(loss, LoRA gradients) by transformers + autograd and peft, which reads the adapter as a run writes it; `logits` are
-        kept.
+        """(loss, LoRA gradients) by transformers + autograd and peft, which reads the adapter as a run writes it;
+        `logits` are kept.
         """
         model = adapted_by_peft(self.model.to(dtype), self.place)
         labels = self.batch["labels"]
@@ -156,7 +158,8 @@ class Case:
         """Of every token at every position, by the traced programs: float32 [batch, seq, vocabulary].
 
         The blocks run once. The head runs once for each token, which all labels then are: its token losses are the
-        negative log probabilities of that token. So each logit is compared, but for what all of a position have in common.
+        negative log probabilities of that token. So each logit is compared, but for what all of a position have in
+        common.
         """
         wanted = str(self.traced.token_losses)
         head = next(layer for layer in self.traced.layers if wanted in layer.bindings.values())
@@ -243,7 +246,9 @@ def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(fa
 
 
 def check_rows(case: Case, family: str) -> None:
-    """Samples that share rows have the loss and the gradients of rows of their own, or the family says why they cannot."""
+    """Samples that share rows have the loss and the gradients of rows of their own, or the family says why they
+    cannot.
+    """
     shared = any(tensor.name == "positions" for tensor in case.traced.tensors)
     assert case.rows_apart == FORMS.get(family, Forms()).rows_apart
     assert shared == (case.rows_apart is None)

@@ -1,5 +1,5 @@
-"""Modules whose attention has a bias that is trained, and models of transformers as they come, with their caches: trained as by
-PyTorch's own loop.
+"""Modules whose attention has a bias that is trained, and models of transformers as they come, with their caches:
+trained as by PyTorch's own loop.
 """
 
 from __future__ import annotations

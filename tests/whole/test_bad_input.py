@@ -1,4 +1,6 @@
-"""Bad input through the command line: the exit code, what the message tells, and that nothing is lost or left behind."""
+"""Bad input through the command line: the exit code, what the message tells, and that nothing is lost or left
+behind.
+"""
 
 from __future__ import annotations
 

@@ -154,7 +154,8 @@ def test_other_held_out_data_are_evaluated_as_before_the_first_step_too(tightfit
     with_other, losses = evaluated("another", 2, other)
     evaluated("out", 1, data)
     assert evaluated("out", 2, other, "--resume") == (with_other, losses)
-    # A run that has taken all of its steps does not answer with what it found for other data, and keeps what they measured.
+    # A run that has taken all of its steps does not answer with what it found for other data, and keeps what they
+    # measured.
     told = json.loads((tmp_path / "out" / "report.json").read_text())
     assert evaluated("out", 2, data, "--resume") == (with_data, losses)
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -1,5 +1,5 @@
-"""Runs that clip gradients by the norm of all of them: against transformers + peft, autograd and `clip_grad_norm_`, at two budgets,
-across an interruption.
+"""Runs that clip gradients by the norm of all of them: against transformers + peft, autograd and `clip_grad_norm_`, at
+two budgets, across an interruption.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def test_a_module_in_full_with_its_sums_on_disk(tmp_path: Path) -> None:
         assert [session.step(*batch) for batch in batches] == report["loss"]
 
 
-# --- the arithmetic ----------------------------------------------------------------------------------------------------
+# --- the arithmetic
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

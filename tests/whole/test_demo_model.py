@@ -78,9 +78,9 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(
         assert set(report["processes"]) == {"training", "supervisor"}
         assert report["cgroup_peak_bytes"] is None or report["cgroup_peak_bytes"] <= budget
         assert measured <= planned.peak_bytes <= budget
-        # What the supervisor is predicted to hold it holds in a run of many steps with long messages: these two do not reach it. Of the
-        # training process a rehearsal leaves a prediction as it is that is at most twice `ABOVE` above what was held: a lower one would be
-        # planned and rehearsed once more. A run of two steps holds a spread or two
+        # What the supervisor is predicted to hold it holds in a run of many steps with long messages: these two do not
+        # reach it. Of the training process a rehearsal leaves a prediction as it is that is at most twice `ABOVE` above
+        # what was held: a lower one would be planned and rehearsed once more. A run of two steps holds a spread or two
         # less than a rehearsal's four: of 99.1 MB predicted 97.4 were held in a rehearsal, 97.1 in the run.
         training = report["processes"]["training"]
         spreads = 1 if planned.rehearsal is None else 2

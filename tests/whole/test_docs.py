@@ -1,4 +1,5 @@
-"""Tables in the documentation of what is tested are those of the tests; its links lead somewhere; files say what they are.
+"""Tables in the documentation of what is tested are those of the tests; its links lead somewhere; files say what they
+are.
 
 ``python tests/whole/test_docs.py`` (``make docs``) writes the tables anew.
 """

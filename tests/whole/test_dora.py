@@ -1,5 +1,5 @@
-"""DoRA against transformers + peft (use_dora=True) under autograd: loss, every gradient and the saved names; runs at two
-budgets, their initial magnitudes, and what starts from their adapter.
+"""DoRA against transformers + peft (use_dora=True) under autograd: loss, every gradient and the saved names; runs at
+two budgets, their initial magnitudes, and what starts from their adapter.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Case:
     def theirs(
         self, dtype: torch.dtype = torch.float32, masked: Mapping[str, MaskedDropout] | None = None
     ) -> tuple[float, dict[str, torch.Tensor]]:
-        """(loss, gradients by our names) by peft, which reads the adapter as a run writes it, and autograd; with dropout where
-        `masked` has modules in the place of nn.Dropout.
+        """(loss, gradients by our names) by peft, which reads the adapter as a run writes it, and autograd; with
+        dropout where `masked` has modules in the place of nn.Dropout.
         """
         model = adapted_by_peft(self.model.to(dtype), self.place)
         saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -1,4 +1,6 @@
-"""The whole road on small models: profile, plan, run in the capped child; against transformers + peft under autograd."""
+"""The whole road on small models: profile, plan, run in the capped child; against transformers + peft under
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def profiled(model_directory: Any, llama_of_one: Profile) -> Any:
 def losses_and_moments(
     made: Profile, out: Path, config: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the run."""
+    """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the
+    run.
+    """
     model = peft_model(config, starting_weights(made, dtype), all_layers(RANK, 8.0), dtype)
     trained = trained_by_peft(model)
     batches = training_batches(out, STEPS, made.batch, SEQ, packing=True)
@@ -135,7 +139,9 @@ def test_bfloat16_losses_match_peft(profiled: Any, data: Path, tmp_path: Path) -
 
 
 def test_results_do_not_depend_on_the_budget(tmp_path: Path) -> None:
-    """Losses, adapter and optimizer state, to the bit, at the smallest budget and the largest; every run inside its cap, as predicted."""
+    """Losses, adapter and optimizer state, to the bit, at the smallest budget and the largest; every run inside its
+    cap, as predicted.
+    """
     sizes = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 4}
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["llama"] | sizes))
@@ -184,8 +190,8 @@ def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, 
 @pytest.mark.slow
 @pytest.mark.parametrize("factory", [residual_cnn, vision_transformer])
 def test_any_module_trains_in_full_inside_its_cap(factory: Callable[[], Any], tmp_path: Path) -> None:
-    """All parameters and Adam states, against the same steps by torch.optim.AdamW: the first to rounding, and after several,
-    when rounding has grown with every step, as near to those in float64 as PyTorch's own in float32.
+    """All parameters and Adam states, against the same steps by torch.optim.AdamW: the first to rounding, and after
+    several, when rounding has grown with every step, as near to those in float64 as PyTorch's own in float32.
     """
     made = profile(f"examples.vision:{factory.__name__}")
     smallest = ModelPlanner(made).minimum().peak_bytes

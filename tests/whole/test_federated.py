@@ -1,4 +1,6 @@
-"""Federated rounds end to end: a real SuperLink and nodes on loopback, devices and servers that are killed. Needs Flower."""
+"""Federated rounds end to end: a real SuperLink and nodes on loopback, devices and servers that are killed. Needs
+Flower.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Gemma-3-270M in K-quants, where its package is installed: it reads English as transformers does, under a cap far below its size there."""
+"""Gemma-3-270M in K-quants, where its package is installed: it reads English as transformers does, under a cap far
+below its size there.
+"""
 
 from __future__ import annotations
 

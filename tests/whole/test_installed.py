@@ -1,4 +1,6 @@
-"""The wheel, installed where nothing else of ours is, and used in a folder that holds files called like ours and Python's own."""
+"""The wheel, installed where nothing else of ours is, and used in a folder that holds files called like ours and
+Python's own.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """An environment with the wheel, as pip installs it, and with the packages that the tests' own environment has but tightfit."""
+    """An environment with the wheel, as pip installs it, and with the packages that the tests' own environment has but
+    tightfit.
+    """
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"  # building leaves files behind, and takes what an earlier build has left
     for name in FOLDERS:

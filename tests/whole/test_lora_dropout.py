@@ -1,5 +1,5 @@
-"""LoRA dropout: losses and gradients of real steps against peft with the same masks; the same bits at every budget, after a
-resume and in fleets; none in an evaluation.
+"""LoRA dropout: losses and gradients of real steps against peft with the same masks; the same bits at every budget,
+after a resume and in fleets; none in an evaluation.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def dropouts(made: Profile) -> dict[str, tuple[str, int, float]]:
 
 
 def peft_with_masks(made: Profile, weights: dict[str, torch.Tensor], draws: Draws) -> torch.nn.Module:
-    """The model in transformers + peft, with each nn.Dropout of a pair replaced by the masks of the profile's operators."""
+    """The model in transformers + peft, with each nn.Dropout of a pair replaced by the masks of the profile's
+    operators.
+    """
     assert made.model.lora is not None
     config = {name: value for name, value in made.model.config.items() if name != "adapter_base"}
     model = peft_model(config, weights, adapter_config(made.model.lora, [], ""), torch.float32)
@@ -294,7 +296,9 @@ def test_runs_at_two_budgets_and_after_a_resume_give_one_adapter(tmp_path: Path,
 
 @pytest.mark.slow
 def test_fleets_of_two_train_what_one_process_does(tmp_path: Path) -> None:
-    """Data parallel, and as a pipeline whose first member takes forwards ahead; DoRA, whose members find the magnitudes of their layers."""
+    """Data parallel, and as a pipeline whose first member takes forwards ahead; DoRA, whose members find the magnitudes
+    of their layers.
+    """
     workshop = Workshop(tmp_path, 3, layers=2, lora=dataclasses.replace(LORA, dora=True))
     options: dict[str, Any] = {"steps": 6, "lr": 1e-2, "seed": 3, "checkpoint_every": 0}
     expected = workshop.alone(tmp_path / "alone", **options)

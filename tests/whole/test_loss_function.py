@@ -1,4 +1,6 @@
-"""A loss outside the module, `loss_fn(module(*inputs), *targets)`: trained as by PyTorch's own loop, and what is refused."""
+"""A loss outside the module, `loss_fn(module(*inputs), *targets)`: trained as by PyTorch's own loop, and what is
+refused.
+"""
 
 from __future__ import annotations
 

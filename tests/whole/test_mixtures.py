@@ -36,7 +36,9 @@ ROUTINGS = ("as it comes", "all rows to one expert")
 
 
 def model(folder: Path, routing: str) -> Path:
-    """A random model; with "all rows to one expert" its router has the same two experts for every row, so that the others have none."""
+    """A random model; with "all rows to one expert" its router has the same two experts for every row, so that the
+    others have none.
+    """
     folder.mkdir(exist_ok=True)
     checkpoint(CONFIG, folder)
     if routing != ROUTINGS[0]:
@@ -73,8 +75,9 @@ def test_every_plan_gives_the_same_bits_within_its_cap(mixture: Profile, data: s
 
 @pytest.mark.slow
 def test_matrices_of_experts_without_rows_are_not_read(tmp_path: Path, data: str) -> None:
-    """A rule has nothing stay between steps; where every row has the same two experts, the matrices of ten are not read in the backward,
-    nor in the forward as far as they are due once the router has chosen. The bits are those of a plan that holds all.
+    """A rule has nothing stay between steps; where every row has the same two experts, the matrices of ten are not read
+    in the backward, nor in the forward as far as they are due once the router has chosen. The bits are those of a plan
+    that holds all.
     """
     made = profile(str(model(tmp_path / "model", ROUTINGS[1])), batch=BATCH, seq=SEQ, lora_rank=4, matrix_rows=192)
     left_out = {}
@@ -91,7 +94,9 @@ def test_matrices_of_experts_without_rows_are_not_read(tmp_path: Path, data: str
 
 @pytest.mark.slow
 def test_a_run_starts_within_its_cap_where_nearly_all_of_its_memory_is_held_all_the_time(tmp_path: Path) -> None:
-    """Of 48 layers whose activations are small, the plan keeps nearly all weights: what reading them leaves behind may not come on top."""
+    """Of 48 layers whose activations are small, the plan keeps nearly all weights: what reading them leaves behind may
+    not come on top.
+    """
     config = {
         **CONFIG, "num_hidden_layers": 48, "num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 64,
         "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 4000,
@@ -130,8 +135,8 @@ def test_a_checkpoint_that_lacks_an_expert_or_holds_nan_is_refused(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["a tensor for each expert", "a tensor for all experts", "GGUF"])
 def test_a_merged_mixture_is_what_transformers_and_peft_make_of_it(form: str, data: str, tmp_path: Path) -> None:
-    """The adapter, with pairs for experts, is merged by peft into the weights that transformers reads of the merged model's experts and of
-    the base.
+    """The adapter, with pairs for experts, is merged by peft into the weights that transformers reads of the merged
+    model's experts and of the base.
     """
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     checkpoint(CONFIG, tmp_path / "model")

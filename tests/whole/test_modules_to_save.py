@@ -1,5 +1,5 @@
-"""Embeddings and heads trained in full, against transformers + peft + autograd: losses and all gradients, whole runs at two
-budgets that peft and other runs start from, fleets, and what is refused.
+"""Embeddings and heads trained in full, against transformers + peft + autograd: losses and all gradients, whole runs at
+two budgets that peft and other runs start from, fleets, and what is refused.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def test_bfloat16_gradients_of_tables_are_as_near_to_the_exact_ones_as_autograds
         assert relative_error(own[key], exact[key]) < 1.5 * relative_error(theirs[key], exact[key])
 
 
-# --- whole runs --------------------------------------------------------------------------------------------------------
+# --- whole runs
+# --------------------------------------------------------------------------------------------------------
 
 STEPS, LR = 4, 5e-3
 RUN_BATCH, RUN_SEQ = 2, 32
@@ -252,7 +253,9 @@ def moved(made: Plan) -> dict[str, list[str]]:
 
 
 def begin_again(loaded: Any, theirs: dict[str, Tensor]) -> None:
-    """Set what is trained in a model of peft to its values before the first step: pairs drawn, tables the base's rows."""
+    """Set what is trained in a model of peft to its values before the first step: pairs drawn, tables the base's
+    rows.
+    """
     with torch.no_grad():
         base_rows = loaded.base_model.model.model.embed_tokens.original_module.weight
         for key, value in theirs.items():
@@ -266,8 +269,8 @@ def begin_again(loaded: Any, theirs: dict[str, Tensor]) -> None:
 def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     measured: Profile, plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The smaller budget has values and states of slices on disk, and its run stops and goes on; the second run's adapter and
-    losses are those of transformers + peft + torch.optim.AdamW, and peft loads it.
+    """The smaller budget has values and states of slices on disk, and its run stops and goes on; the second run's
+    adapter and losses are those of transformers + peft + torch.optim.AdamW, and peft loads it.
     """
     large, small = plans
     assert moved(large) == {"values": [], "states": []}
@@ -346,7 +349,8 @@ def test_the_members_of_a_fleet_train_tables_as_one_process_does(tmp_path: Path)
     assert {adapter_hash(tmp_path / member.name) for member in fleet.members} == {expected}
 
 
-# --- estimates, rules, and what is refused -----------------------------------------------------------------------------
+# --- estimates, rules, and what is refused
+# -----------------------------------------------------------------------------
 
 
 def estimated(tmp_path: Path, config: dict[str, Any], *names: str, **settings: Any) -> Profile:
@@ -358,7 +362,9 @@ def estimated(tmp_path: Path, config: dict[str, Any], *names: str, **settings: A
 
 
 def test_rules_for_models_with_trained_tables(tmp_path: Path) -> None:
-    """mezo perturbs slices as it does pairs; rules with the exact gradient keep them in memory; lcsb and mobillm are refused."""
+    """mezo perturbs slices as it does pairs; rules with the exact gradient keep them in memory; lcsb and mobillm are
+    refused.
+    """
     made = estimated(tmp_path, CONFIGS["llama"], "embed_tokens", "lm_head")
     assert made.model.lora is not None
     assert adapter_words(made.model.lora) == "LoRA rank 4, embed_tokens and lm_head in full"

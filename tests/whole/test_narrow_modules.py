@@ -1,5 +1,5 @@
-"""Modules in bfloat16: parameters are float32 where they are updated, and rounded where the module reads them. Compared with
-that loop written out in PyTorch.
+"""Modules in bfloat16: parameters are float32 where they are updated, and rounded where the module reads them. Compared
+with that loop written out in PyTorch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def net() -> Any:
 
 
 def written_out() -> tuple[list[float], dict[str, Tensor]]:
-    """(losses, trained parameters in float32): the module is PyTorch's in bfloat16, its update that of float32 copies."""
+    """(losses, trained parameters in float32): the module is PyTorch's in bfloat16, its update that of float32
+    copies.
+    """
     wide = build_module(f"{__name__}:net")[0]
     module, *_ = narrowed(*build_module(f"{__name__}:net"), torch.bfloat16)
     masters = {name: p for name, p in wide.named_parameters() if p.requires_grad}

@@ -1,5 +1,5 @@
-"""Runs with optimizers other than AdamW and Adafactor: against torch.optim, or for Lion its published formula, at two budgets, across an
-interruption.
+"""Runs with optimizers other than AdamW and Adafactor: against torch.optim, or for Lion its published formula, at two
+budgets, across an interruption.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A module's own dropout: the step is PyTorch's with the same masks, which are the same at every budget; evaluations leave nothing out; about as many elements are left out as asked for."""
+"""A module's own dropout: the step is PyTorch's with the same masks, which are the same at every budget; evaluations
+leave nothing out; about as many elements are left out as asked for.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def data(made: Profile, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def in_eager(made: Profile) -> tuple[list[float], float, dict[str, Tensor]]:
-    """(losses, loss on all batches after them, parameters) of a loop of PyTorch's, with the masks of a run's operators."""
+    """(losses, loss on all batches after them, parameters) of a loop of PyTorch's, with the masks of a run's
+    operators.
+    """
     programs = {program.name: program for program in made.programs}
     placed = [
         (layer.name, operator.args[2])

@@ -1,5 +1,5 @@
-"""Evaluations in which samples share rows against those with a row for each sample, and against transformers and peft on one
-sample at a time: the same loss, accuracy and counts, by every schedule and after a resume.
+"""Evaluations in which samples share rows against those with a row for each sample, and against transformers and peft
+on one sample at a time: the same loss, accuracy and counts, by every schedule and after a resume.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Samples that share rows in whole runs: the same adapter at every budget, after a resume and in fleets; what is told of it."""
+"""Samples that share rows in whole runs: the same adapter at every budget, after a resume and in fleets; what is told
+of it.
+"""
 
 from __future__ import annotations
 

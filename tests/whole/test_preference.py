@@ -1,5 +1,5 @@
-"""Learning from pairs of answers: losses, gradients and steps against TRL's formulas on transformers + peft; the same bits at every
-budget and after a resume; references that are computed once; what is refused.
+"""Learning from pairs of answers: losses, gradients and steps against TRL's formulas on transformers + peft; the same
+bits at every budget and after a resume; references that are computed once; what is refused.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def one_step(
     tables: tuple[str, ...] = (),
     shared: list[dict[str, str]] | None = None,
 ) -> tuple[Profile, float, dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
-    """The loss and the gradients of a step whose adapter, left in `folder`, is no new one; and the rows of its batch, one for each answer.
-    Answers share rows where the samples are those of `shared`, and are made up otherwise.
+    """The loss and the gradients of a step whose adapter, left in `folder`, is no new one; and the rows of its batch,
+    one for each answer. Answers share rows where the samples are those of `shared`, and are made up otherwise.
     """
     lora = LoraConfig(rank=RANK, alpha=8.0, modules_to_save=tables)
     preference = Preference(loss=loss, beta=BETA)  # type: ignore[arg-type]

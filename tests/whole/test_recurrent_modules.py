@@ -1,5 +1,5 @@
-"""A module with convolutions, an LSTM with dropout left out of it, and parameters whose gradients are one tensor: every plan is
-PyTorch's own training, to the bit the same at every budget.
+"""A module with convolutions, an LSTM with dropout left out of it, and parameters whose gradients are one tensor: every
+plan is PyTorch's own training, to the bit the same at every budget.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""BatchNorm in training: running statistics are updated once in every step whatever runs again, saved, resumed, and what
-an evaluation normalises with. Compared with PyTorch's own modules over several steps.
+"""BatchNorm in training: running statistics are updated once in every step whatever runs again, saved, resumed, and
+what an evaluation normalises with. Compared with PyTorch's own modules over several steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A device and a server as real processes: the side network is what PyTorch's autograd trains beside the same decoder."""
+"""A device and a server as real processes: the side network is what PyTorch's autograd trains beside the same
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def exact(profile, tmp_path_factory):
 
 
 class Eager:
-    """transformers' decoder on the dequantised weights, and a side network written down again, without tightfit's modules."""
+    """transformers' decoder on the dequantised weights, and a side network written down again, without tightfit's
+    modules.
+    """
 
     def __init__(self, profile):
         import transformers

@@ -1,5 +1,5 @@
-"""On a small device, a bundle gives the adapter and the answers of the ordinary road, to the bit, whether it is copied as a folder or
-comes from a service; also at another budget.
+"""On a small device, a bundle gives the adapter and the answers of the ordinary road, to the bit, whether it is copied
+as a folder or comes from a service; also at another budget.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def test_a_bundle_answers_as_its_model_does(folder: Path, cache: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_service_makes_the_bundle_and_plans(folder: Path, ordinary: Path, tmp_path: Path) -> None:
-    """The device has none of the packages that trace, plan and draw. What the service has sent for training is enough to answer: only what stays in memory is still asked for, once."""
+    """The device has none of the packages that trace, plan and draw. What the service has sent for training is enough
+    to answer: only what stays in memory is still asked for, once.
+    """
     words = ("--prompt=The quick brown", "--max-tokens=8", "--memory=300MiB", "--json")
     expected = answered(folder, "model", *words, device=False, cache=tmp_path / "ordinary")
     service = Served(tmp_path / "service").start()
@@ -194,7 +196,9 @@ def test_what_a_device_lacks_is_told(folder: Path, ordinary: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_less_memory_later_needs_no_planner(folder: Path, cache: Path, tmp_path: Path) -> None:
-    """Plans for smaller budgets were made at once; the resumption in a smaller container takes one and gives the same bits."""
+    """Plans for smaller budgets were made at once; the resumption in a smaller container takes one and gives the same
+    bits.
+    """
     group = MemoryCgroup.create(190 * MIB)
     if group is None:
         pytest.skip("no memory cgroup can be made here")

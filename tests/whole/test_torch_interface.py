@@ -1,4 +1,6 @@
-"""What the product takes from PyTorch beyond its public interface is what `runtime/common/torch_interface.py` lists, and is there."""
+"""What the product takes from PyTorch beyond its public interface is what `runtime/common/torch_interface.py` lists,
+and is there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`tightfit train` on a tiny model: the adapter is that of profile, plan and run by hand, to the bit; interrupted, it goes on."""
+"""`tightfit train` on a tiny model: the adapter is that of profile, plan and run by hand, to the bit; interrupted, it
+goes on.
+"""
 
 from __future__ import annotations
 

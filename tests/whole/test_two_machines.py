@@ -1,5 +1,5 @@
-"""What docs/small-device.md tells, word for word, on two machines: a planner, and a device in a memory cgroup of 256 MiB; and whatever can
-go wrong between them is said within seconds and loses nothing.
+"""What docs/small-device.md tells, word for word, on two machines: a planner, and a device in a memory cgroup of 256
+MiB; and whatever can go wrong between them is said within seconds and loses nothing.
 
 TIGHTFIT_TRIAL=model.gguf,data.jsonl tries another model than a tiny one.
 """
@@ -30,7 +30,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 MIB = 1 << 20
 LIMIT = 256 * MIB
 WITHIN = 120.0
-"""seconds in which a failure has to be told: it takes 2 on an idle machine, and on a busy one Python alone takes 20 to start"""
+"""seconds in which a failure has to be told: it takes 2 on an idle machine, and on a busy one Python alone takes 20 to
+start
+"""
 PATIENCE = 400.0
 TOKEN = "a-token-of-some-length"
 WITHOUT = ("ortools", "transformers", "matplotlib", "networkx", "pandas")

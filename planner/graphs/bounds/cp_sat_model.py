@@ -31,7 +31,9 @@ class Chosen:
 
 
 class CpSatModel:
-    """A program of integer variables, nearly all of them 0 or 1; to be minimised once, with further rows before that."""
+    """A program of integer variables, nearly all of them 0 or 1; to be minimised once, with further rows before
+    that.
+    """
 
     def __init__(self, program: LinearProgram, units: Mapping[int, int], limit: Limit) -> None:
         """`units`: row -> the factor that turns its coefficients into integers (a row in parts of the budget: the

@@ -2,8 +2,8 @@
 run.
 
 The stages are Checkmate's (Jain et al. 2020). Before each run, in this order: resident outputs are written to the disk
-(each once), outputs are freed, outputs on the disk are fetched, each in the graph's order. The disk does one transfer at
-a time in the order of issue. A run waits for the fetches of its inputs, a free for the write of the output that it
+(each once), outputs are freed, outputs on the disk are fetched, each in the graph's order. The disk does one transfer
+at a time in the order of issue. A run waits for the fetches of its inputs, a free for the write of the output that it
 frees.
 """
 

@@ -42,21 +42,24 @@ from tightfit.runtime.common.option_names import in_python, named_as
 
 DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, with a proven gap.
 
-Long work answers 202 with a job; its events are at `/v1/jobs/{id}/events`. A repeated request is the same job. A budget that is too
-small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error has one form.
+Long work answers 202 with a job; its events are at `/v1/jobs/{id}/events`. A repeated request is the same job. A budget
+that is too small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error
+has one form.
 
-**Who asks.** Whoever has the token is one user: jobs, idempotency keys and the queue are shared. Without a token there is one user, at
-this machine.
+**Who asks.** Whoever has the token is one user: jobs, idempotency keys and the queue are shared. Without a token there
+is one user, at this machine.
 
-**In time.** A request's headers must come within 10 s and its body within 60 s, else the answer is 408. A body has at most 256 KiB,
-an uploaded profile or the description of a model 64 MiB unpacked, with at most 250,000 operators and 1,000,000 tensors in all of its layers, else the answer is 413
-or 422. Where too many connections are open, those that have waited for
-their client for longest give way to new ones."""
+**In time.** A request's headers must come within 10 s and its body within 60 s, else the answer is 408. A body has at
+most 256 KiB, an uploaded profile or the description of a model 64 MiB unpacked, with at most 250,000 operators and
+1,000,000 tensors in all of its layers, else the answer is 413 or 422. Where too many connections are open, those that
+have waited for their client for longest give way to new ones."""
 CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 WAITING_CONNECTIONS = 1024
 """connections that the kernel holds until they are accepted"""
 ACCEPTED_AT_ONCE = 32
-"""connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent nothing"""
+"""connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent
+nothing
+"""
 ROUTERS = tuple(
     routes.router
     for routes in (
@@ -125,8 +128,8 @@ def _with_token(described: dict[str, Any]) -> dict[str, Any]:
 def serve(settings: Settings) -> None:
     """Answer until interrupted. Errors name options as requests do.
 
-    Raises InputError where the certificate, the data folder or the port cannot be had, and StorageError where the folder's disk is
-    full.
+    Raises InputError where the certificate, the data folder or the port cannot be had, and StorageError where the
+    folder's disk is full.
     """
     context = None if settings.certificate is None else server_context(settings.certificate, settings.key)
     log_to_stderr()
@@ -137,7 +140,8 @@ def serve(settings: Settings) -> None:
 def _serve_until_interrupted(settings: Settings, service: Service, context: ssl.SSLContext | None) -> None:
     """Bind the port and answer there until interrupted. Raises InputError where the port cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an acknowledgement.
+    # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an
+    # acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -219,9 +223,11 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     fields = [
         (
             ".".join(str(part) for part in fault["loc"]),
-            f"not JSON ({fault['ctx']['error']})"
-            if fault["type"] == "json_invalid"
-            else str(fault["msg"]).removeprefix("Value error, "),
+            (
+                f"not JSON ({fault['ctx']['error']})"
+                if fault["type"] == "json_invalid"
+                else str(fault["msg"]).removeprefix("Value error, ")
+            ),
         )
         for fault in faults[:20]
     ]

@@ -42,7 +42,9 @@ class Connections:
         return len(self._open)
 
     def enter(self, connection: Connection | TlsConnection) -> bool:
-        """Whether there is room for a new connection, perhaps in the place of the one that has waited longest for its client."""
+        """Whether there is room for a new connection, perhaps in the place of the one that has waited longest for its
+        client.
+        """
         if len(self) >= self.most:
             waiting = [connection for connection in self._open if connection.waits]
             if not waiting:
@@ -143,15 +145,18 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: int, code: Code, message: str) -> None:
         body = error_json(code, message)
-        head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+        head = (
+            f"HTTP/1.1 {status} {code}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection:"
+            " close\r\n"
+        )
         retry = "Retry-After: 30\r\n" if status == 503 else ""
         self.transport.write(f"{head}{retry}\r\n".encode() + body)
         self.transport.close()
 
 
 class TlsConnection(SSLProtocol):
-    """TLS below a `Connection`, from its first byte on: one that does not come to an end of its handshake counts among the open ones,
-    gives way to new ones, and is closed in time. uvicorn's own TLS would be seen by nobody until then.
+    """TLS below a `Connection`, from its first byte on: one that does not come to an end of its handshake counts among
+    the open ones, gives way to new ones, and is closed in time. uvicorn's own TLS would be seen by nobody until then.
     """
 
     waits = True

@@ -1,8 +1,8 @@
 """The example that a service shows at first: a measured profile of the demo's model, which comes with the package.
 
-It is given once, to a service that has no profile yet, and planned like any other by jobs: that takes ten seconds of a core, where
-the plans would take thirty times the package's room that the profile takes. Who deletes it does not get it again. `make example`
-makes it anew.
+It is given once, to a service that has no profile yet, and planned like any other by jobs: that takes ten seconds of a
+core, where the plans would take thirty times the package's room that the profile takes. Who deletes it does not get it
+again. `make example` makes it anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ GIVEN = "example"
 BUDGETS = tuple(f"{size}MiB" for size in (100, 128, 160, 208, 256, 350, 512, 640))
 """from a little above the smallest that is known to fit to more than it can use"""
 ENDS, END_SECONDS = (SOLVER, "keep-all"), 2.0
-"""policies whose smallest budgets are the ends of the curve, and for how long each is searched for: as the page asks for them"""
+"""policies whose smallest budgets are the ends of the curve, and for how long each is searched for: as the page asks
+for them
+"""
 log = logging.getLogger("tightfit.service")
 
 

@@ -26,8 +26,8 @@ BODY_SECONDS = 60.0
 STREAMS = "/events"
 """end of the paths whose answers last as long as their job: HEAD is not answered there"""
 POLICY = (
-    b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
-    b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src"
+    b" 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),

@@ -1,8 +1,8 @@
 """Finds the models and data under the folders that are open to requests, so that nobody has to type a path.
 
-Of a model its headers are read, by the code that opens models, and no weights. What `confined` would refuse, such as a folder with
-a link that leads out, is not listed. How much is looked at is bounded: by files and folders, by what is listed, and by seconds.
-Headers that were read are remembered, so that a second listing goes further.
+Of a model its headers are read, by the code that opens models, and no weights. What `confined` would refuse, such as a
+folder with a link that leads out, is not listed. How much is looked at is bounded: by files and folders, by what is
+listed, and by seconds. Headers that were read are remembered, so that a second listing goes further.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ def _name(found: _Found) -> str:
 
 @lru_cache(maxsize=2048)
 def _remembered(read: Callable[[Path], ModelHeader], path: Path, changed: tuple[tuple[int, int], ...]) -> ModelHeader:
-    """What a model's headers say; nothing of one that cannot be read. `changed` tells a file that was replaced from the one before."""
+    """What a model's headers say; nothing of one that cannot be read. `changed` tells a file that was replaced from the
+    one before.
+    """
     try:
         return read(path)
     except (InputError, OSError):

@@ -22,7 +22,9 @@ from tightfit.runtime.common.units import format_size
 router = APIRouter(prefix="/v1/bundles", tags=["planning"])
 Identity = Annotated[Digest, Path(description="sha256 of the content, `result.bundle` of the job")]
 LEAST_JOB_BYTES = 512 << 20
-"""private memory of a process that traces a model: 352 MiB for two layers and 389 for thirty, PyTorch's own most of it"""
+"""private memory of a process that traces a model: 352 MiB for two layers and 389 for thirty, PyTorch's own most of
+it
+"""
 FILE = described_file(
     "bundle.json as `tightfit prepare` writes it: the traced step and answers, and what they were traced of",
     {"checksum": "3f1c…", "bundle": {"version": 11, "request": {"name": "SmolLM2-135M"}}},
@@ -34,9 +36,11 @@ REQUEST: dict[str, Any] = {
             "application/json": {
                 "schema": {
                     "type": "object",
-                    "description": "`name` and `config`: a model's name and configuration; `stored`: of a decoder that transformers builds,"
-                    " the names of the tensors in its checkpoint; `options`: the fields of a request for a profile that say what is traced;"
-                    " `lora`: the settings of an adapter",
+                    "description": (
+                        "`name` and `config`: a model's name and configuration; `stored`: of a decoder that"
+                        " transformers builds, the names of the tensors in its checkpoint; `options`: the fields of a"
+                        " request for a profile that say what is traced; `lora`: the settings of an adapter"
+                    ),
                 },
                 "examples": {"cut": {"summary": "some fields of a configuration", "value": DESCRIPTION}},
             }
@@ -53,14 +57,16 @@ REQUEST: dict[str, Any] = {
     summary="Make a bundle of a model for a device, from its configuration",
 )
 async def make_bundle(request: Request, key: IdempotencyKey = None) -> Response:
-    """The body is a `tightfit.profiles.sources.bundle.BundleRequest`, plain or gzip. No weights and no data pass. Whatever the config
-    names, no code is fetched or run: models are those of tightfit and those of the service's own transformers.
+    """The body is a `tightfit.profiles.sources.bundle.BundleRequest`, plain or gzip. No weights and no data pass.
+    Whatever the config names, no code is fetched or run: models are those of tightfit and those of the service's own
+    transformers.
     """
     service = service_of(request)
     if service.settings.solve_bytes < LEAST_JOB_BYTES:
         message = (
-            f"a job of this service may take {format_size(service.settings.solve_bytes)}, and tracing takes {format_size(LEAST_JOB_BYTES)};"
-            f" start it with --memory {LEAST_JOB_BYTES >> 20}MiB or more, or copy the bundle that `tightfit prepare` makes on another machine"
+            f"a job of this service may take {format_size(service.settings.solve_bytes)}, and tracing takes"
+            f" {format_size(LEAST_JOB_BYTES)}; start it with --memory {LEAST_JOB_BYTES >> 20}MiB or more, or copy the"
+            " bundle that `tightfit prepare` makes on another machine"
         )
         raise ServiceError(422, "invalid_request", message)
     description, _ = await service.uploads.receive(request, "description")

@@ -116,7 +116,9 @@ def service_of(request: Request) -> Service:
 
 
 async def check_query(request: Request) -> None:
-    """Raises ServiceError 422 for a query field under /v1 that the route does not have, which would be passed over without a word."""
+    """Raises ServiceError 422 for a query field under /v1 that the route does not have, which would be passed over
+    without a word.
+    """
     known = [str(field.alias) for field in request.scope["route"].dependant.query_params]
     for name in request.query_params:
         if request.url.path.startswith("/v1/") and name not in known:
@@ -204,7 +206,9 @@ async def file_response(
     media_type: str = "application/json",
     name: str | None = None,
 ) -> Response:
-    """A stored file's content, as it lies there where the client takes gzip. Raises UnreadableError where it is damaged."""
+    """A stored file's content, as it lies there where the client takes gzip. Raises UnreadableError where it is
+    damaged.
+    """
     objects = service_of(request).objects
     headers = {"Vary": "Accept-Encoding"}
     if name is not None:
@@ -221,9 +225,15 @@ def check_measured_here(profile: Row, field: str) -> None:
     """Raises ServiceError 422 where the model of a stored profile is not there to be used."""
     if profile["origin"] == "made":
         return
-    message = "this profile was not made by this service; measure the model on the service's machine, and ask with that profile"
+    message = (
+        "this profile was not made by this service; measure the model on the service's machine, and ask with that"
+        " profile"
+    )
     if profile["origin"] == "example":
-        message = f"the example was measured on another machine; put {profile['name']} under a folder of the service, and measure it there"
+        message = (
+            f"the example was measured on another machine; put {profile['name']} under a folder of the service, and"
+            " measure it there"
+        )
     raise invalid(field, message)
 
 
@@ -246,25 +256,33 @@ def not_runnable(request: Request, plan: Row) -> str | None:
         return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
     if summary["policy"] == MOBILLM:
         return (
-            f"the plan {plan['id']} is a device's part of {MOBILLM}, and the server's has to run beside it; plan both with"
-            f" `tightfit fleet plan --kind {MOBILLM}` and run the fleet: `tightfit fleet run`"
+            f"the plan {plan['id']} is a device's part of {MOBILLM}, and the server's has to run beside it; plan both"
+            f" with `tightfit fleet plan --kind {MOBILLM}` and run the fleet: `tightfit fleet run`"
         )
     profile = service_of(request).store.file("profile", plan["origin"])
     if profile is not None and profile["origin"] == "example":
         return (
-            f"this plan is of the example, which was measured on another machine; put {profile['name']} under a folder of the service,"
-            " measure it there, plan and run that"
+            f"this plan is of the example, which was measured on another machine; put {profile['name']} under a folder"
+            " of the service, measure it there, plan and run that"
         )
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
-        return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"
+        return (
+            "this plan's profile was not made by this service; measure the model on the service's machine, plan and run"
+            " that"
+        )
     if summary.get("elsewhere"):
-        return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
+        return (
+            f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run"
+            " that"
+        )
     return None
 
 
 def cached_of(request: Request, identity: str) -> list[str]:
-    """Files of the cache that a run of a plan of that profile reads: packed weights, a config that was sent. They are in use now."""
+    """Files of the cache that a run of a plan of that profile reads: packed weights, a config that was sent. They are
+    in use now.
+    """
     store = service_of(request).store
     profile = store.file("profile", identity)
     names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])

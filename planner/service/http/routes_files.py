@@ -48,8 +48,8 @@ BODY: dict[str, Any] = {
     summary="Upload a file of samples",
 )
 async def upload_data(request: Request, name: UploadName) -> Response:
-    """The body is the file as it is. A run and a preview take it as data by the name `upload:` and its id; it is kept as long as
-    other results are.
+    """The body is the file as it is. A run and a preview take it as data by the name `upload:` and its id; it is kept
+    as long as other results are.
     """
     if not name.lower().endswith(READ) or len(name.encode()) > 200:
         message = f"{name!r} names no file of samples; they end with {', '.join(READ)}, and have at most 200 bytes"

@@ -38,11 +38,17 @@ LastEventId = Annotated[
 ]
 EVENTS = {
     200: {
-        "description": "`event: job` with the job, at first and at each change of its state; `event: progress` between; each with an `id`",
+        "description": (
+            "`event: job` with the job, at first and at each change of its state; `event: progress` between; each with"
+            " an `id`"
+        ),
         "content": {
             "text/event-stream": {
                 "schema": {"type": "string"},
-                "example": 'event: progress\nid: 5e1f00d5-17\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64, "gap": 0.004, "seconds": 3.1}\n\n',
+                "example": (
+                    'event: progress\nid: 5e1f00d5-17\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64,'
+                    ' "gap": 0.004, "seconds": 3.1}\n\n'
+                ),
             }
         },
     },
@@ -89,8 +95,8 @@ async def name_job(request: Request, identity: Identity, body: NameRequest) -> S
     "/v1/jobs/{identity}", status_code=204, responses=errors(404, 409), tags=["jobs"], summary="Delete a job"
 )
 async def delete_job(request: Request, identity: Identity) -> None:
-    """Of a run also metrics, report, adapter and checkpoints; plans and profiles that a job has made stay. 409 while it has not
-    ended.
+    """Of a run also metrics, report, adapter and checkpoints; plans and profiles that a job has made stay. 409 while it
+    has not ended.
     """
     service_of(request).supervisor.delete_job(identity)
 
@@ -103,7 +109,9 @@ async def delete_job(request: Request, identity: Identity) -> None:
     summary="What happens to a job, as server-sent events",
 )
 async def get_events(request: Request, identity: Identity, last_event_id: LastEventId = None) -> StreamingResponse:
-    """Ends with the job. Begins after the event that `Last-Event-ID` names, where the service still knows what came then."""
+    """Ends with the job. Begins after the event that `Last-Event-ID` names, where the service still knows what came
+    then.
+    """
     service = service_of(request)
     service.store.job(identity)
     return StreamingResponse(
@@ -154,7 +162,9 @@ async def list_devices() -> DeviceList:
 
 
 def _spare() -> tuple[int | None, str]:
-    """Bytes that a run may take here now, as `--memory auto` finds them, and in words where they come from; none, and why."""
+    """Bytes that a run may take here now, as `--memory auto` finds them, and in words where they come from; none, and
+    why.
+    """
     try:
         return spare_memory()
     except InputError as error:

@@ -1,5 +1,5 @@
-"""``/v1/plans``, ``/v1/comparisons`` and ``/v1/answer-plans``: will it fit, how fast, and what another budget, rule or device would
-change.
+"""``/v1/plans``, ``/v1/comparisons`` and ``/v1/answer-plans``: will it fit, how fast, and what another budget, rule or
+device would change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ Identity = Annotated[Digest, Path(description="of what the plan was made of")]
 Asked = Annotated[
     bool,
     Query(
-        description="only plans that somebody named, used or asked for, not those made for a comparison alone or to learn of the smallest budget"
+        description=(
+            "only plans that somebody named, used or asked for, not those made for a comparison alone or to learn of"
+            " the smallest budget"
+        )
     ),
 ]
 FILE = described_file("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
@@ -50,7 +53,8 @@ VIEW = described_file(
     {"model": "SmolLM2-135M", "plain": ["It does not fit 100.0 MiB: the smallest budget that is enough is 191.3 MiB."]},
 )
 TIMELINE = described_file(
-    "Columns with an entry for each instruction, tensor or transfer, as `tightfit.planner.report.step_columns` makes them",
+    "Columns with an entry for each instruction, tensor or transfer, as `tightfit.planner.report.step_columns` makes"
+    " them",
     {"seconds": 2.5, "tick": 1e-8, "instructions": {"what": [0], "of": [0], "wait": [0], "work": [250000000]}},
     409,
 )
@@ -116,7 +120,9 @@ async def get_plan_file(request: Request, identity: Identity) -> Response:
     "/plans/{identity}/view", responses=VIEW, summary="A plan to look at, as the page shows it", response_class=Response
 )
 async def get_plan_view(request: Request, identity: Identity) -> Response:
-    """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
+    """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page
+    shows.
+    """
     row = stored(request, "plan", identity)
     views = service_of(request).views
     return await views.answer(request, "plan", [row], not_runnable=not_runnable(request, row))
@@ -129,7 +135,9 @@ async def get_plan_view(request: Request, identity: Identity) -> Response:
     response_class=Response,
 )
 async def get_plan_timeline(request: Request, identity: Identity) -> Response:
-    """When the cores and the channels do what, which tensors are in memory then, and why each is as it is. 409 where nothing fits."""
+    """When the cores and the channels do what, which tensors are in memory then, and why each is as it is. 409 where
+    nothing fits.
+    """
     row = stored(request, "plan", identity)
     if json.loads(row["summary"])["status"] == "infeasible":
         raise ServiceError(409, "conflict", f"the plan {identity} has no schedule: its budget is too small")
@@ -175,8 +183,8 @@ def comparison_request(body: ComparisonRequest) -> Row:
     "/answer-plans", status_code=202, responses=JOB_RESPONSES, summary="Choose what stays in memory for answers"
 )
 async def choose_for_answers(request: Request, body: AnswerPlanRequest, key: IdempotencyKey = None) -> Response:
-    """For a device that answers by itself: the job's `result.choices` say how many pieces of each kind are in each state; null: nothing
-    fits.
+    """For a device that answers by itself: the job's `result.choices` say how many pieces of each kind are in each
+    state; null: nothing fits.
     """
     return enqueue(request, "answer-plan", body.model_dump(), key=key)
 

@@ -20,7 +20,9 @@ router = APIRouter(prefix="/v1/previews", tags=["inputs"])
 
 @router.post("", status_code=202, responses=JOB_RESPONSES, summary="Show data as a run would read them")
 async def make_preview(request: Request, body: PreviewRequest, key: IdempotencyKey = None) -> Response:
-    """The result has the first samples in pieces, learned or not, the lines that are refused, what is cut, and the share of padding."""
+    """The result has the first samples in pieces, learned or not, the lines that are refused, what is cut, and the
+    share of padding.
+    """
     check_measured_here(stored(request, "profile", body.profile, "profile"), "profile")
     job_request = body.model_dump() | {"data": await data_path(request, body.data, "data")}
     upload = uploaded(body.data)

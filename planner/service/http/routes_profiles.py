@@ -80,7 +80,9 @@ async def make_profile(request: Request, body: ProfileRequest, key: IdempotencyK
 
 
 def _source(settings: Settings, body: ProfileRequest) -> Row:
-    """The model as a worker gets it: a path or hub id as `source`, or a `config`, of a header with its precision. Raises ServiceError 422."""
+    """The model as a worker gets it: a path or hub id as `source`, or a `config`, of a header with its precision.
+    Raises ServiceError 422.
+    """
     if body.path is not None:
         return {"source": confined(body.path, settings.roots, "path")}
     if body.hub is not None:

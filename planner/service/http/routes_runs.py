@@ -131,7 +131,10 @@ async def merge_run(request: Request, identity: Identity, body: MergeRequest, ke
     plan = service_of(request).store.file("plan", str(run_of(request, identity).request.get("plan")))
     profile = None if plan is None else service_of(request).store.file("profile", plan["origin"])
     if profile is None:
-        message = f"the profile of the run {identity} is gone, which says where its model lies; download the adapter and merge it there"
+        message = (
+            f"the profile of the run {identity} is gone, which says where its model lies; download the adapter and"
+            " merge it there"
+        )
         raise ServiceError(409, "conflict", message)
     job_request = {"run": identity, "profile": profile["id"], "format": body.format}
     uses = [("adapter", identity), ("profile", profile["id"])]
@@ -140,7 +143,9 @@ async def merge_run(request: Request, identity: Identity, body: MergeRequest, ke
 
 @router.get("/{identity}/merged", responses=MERGED_FILE, summary="The merged model", response_class=FileResponse)
 async def get_merged(request: Request, identity: Identity) -> FileResponse:
-    """What was merged last: a GGUF file, or a tar file of the folder merged/ with safetensors. 409 before it was merged."""
+    """What was merged last: a GGUF file, or a tar file of the folder merged/ with safetensors. 409 before it was
+    merged.
+    """
     service = service_of(request)
     run_of(request, identity)
     job = service.store.job_using("adapter", identity, "merge")

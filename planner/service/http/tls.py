@@ -23,8 +23,8 @@ def server_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
         context.load_cert_chain(certificate, key, password="")  # else OpenSSL would ask for one at the terminal
     except ssl.SSLError as error:
         raise InputError(
-            f"{options}: no certificate and key in PEM that belong together and are not encrypted ({error.reason or error});"
-            " docs/service.md says how to make them"
+            f"{options}: no certificate and key in PEM that belong together and are not encrypted"
+            f" ({error.reason or error}); docs/service.md says how to make them"
         ) from error
     except OSError as error:
         raise InputError(f"{options}: {error.strerror}; name files that can be read") from error

@@ -1,5 +1,6 @@
-"""Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the profile, or
-the description of a model that is to be traced. Files of samples are stored as they are, but for JSON lists, which become lines.
+"""Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the
+profile, or the description of a model that is to be traced. Files of samples are stored as they are, but for JSON
+lists, which become lines.
 
 A malicious upload can take seconds and gigabytes to parse. In that process time and memory are limited
 (`service.jobs.upload_limits`), and the service answers others meanwhile.
@@ -155,7 +156,10 @@ class Uploads:
             return file
         if end is None or end["code"] == "worker_died":
             log.warning("an upload was too much for its process", extra={"said": last_stderr})
-            message = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller {kind}"
+            message = (
+                f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller"
+                f" {kind}"
+            )
             raise ServiceError(413, "too_large", message, "body")
         if end["code"] == "storage":
             raise StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")

@@ -48,7 +48,8 @@ class Views:
     ) -> Response:
         """What is shown of stored plans (`service.jobs.viewing.SHOWN`); `not_runnable` says why a plan cannot be run.
 
-        Raises ServiceError for what is damaged, or takes too long or too much memory to show, and InputError for what is no plan.
+        Raises ServiceError for what is damaged, or takes too long or too much memory to show, and InputError for what
+        is no plan.
         """
         content = await self._view(what, rows, not_runnable)
         headers = {"Vary": "Accept-Encoding"}
@@ -102,7 +103,10 @@ class Views:
                 raise self._refusal(end or {"code": "worker_died"}, last_stderr)
             return await asyncio.to_thread(path.read_bytes)
         except TimeoutError:
-            message = f"what shows this takes longer to make than {self._settings.check_seconds:g} s; download the file instead"
+            message = (
+                f"what shows this takes longer to make than {self._settings.check_seconds:g} s; download the file"
+                " instead"
+            )
             raise ServiceError(422, "invalid_request", message) from None
         finally:
             path.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""The job that answers a prompt with a model that was measured here, and a run's adapter if one is named: `tightfit generate`, whose
-text is told as it comes.
+"""The job that answers a prompt with a model that was measured here, and a run's adapter if one is named: `tightfit
+generate`, whose text is told as it comes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The job that makes a bundle of a model for a device which has too little memory to trace it: from its configuration, without weights."""
+"""The job that makes a bundle of a model for a device which has too little memory to trace it: from its configuration,
+without weights.
+"""
 
 from __future__ import annotations
 

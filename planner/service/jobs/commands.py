@@ -15,7 +15,8 @@ from tightfit.runtime.common.parent import end_with_parent
 
 
 def carry_out(command: Sequence[str], what: str, lock: int, each: Callable[[Row], None] = lambda printed: None) -> Row:
-    """The last object that the command prints; `each` is called with all of them. The process holds the lock as long as it lives.
+    """The last object that the command prints; `each` is called with all of them. The process holds the lock as long as
+    it lives.
 
     Raises what the command failed with; `what` it is, for one that said nothing.
     """

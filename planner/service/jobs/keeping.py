@@ -26,9 +26,9 @@ def keep_profile(
     paths: Row | None = None,
     request: Row | None = None,
 ) -> Row:
-    """Store a profile under its checksum. `origin` is made (on this machine, by this service), uploaded or example; `cached` are
-    the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it, `request` what it was
-    measured by.
+    """Store a profile under its checksum. `origin` is made (on this machine, by this service), uploaded or example;
+    `cached` are the files of the cache that a run of its plans reads, `paths` what `Redaction.model` took out of it,
+    `request` what it was measured by.
     """
     written = objects.put(canonical_json(profile).encode())
     # Policies that follow another gradient are planned only where a request names them, and not compared with the

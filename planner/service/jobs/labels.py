@@ -1,4 +1,6 @@
-"""What jobs and stored files are called where nobody has given them a title: by what they are of, not by when they were made."""
+"""What jobs and stored files are called where nobody has given them a title: by what they are of, not by when they were
+made.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ MODEL = "a model"
 
 
 def job_label(kind: str, request: Row, stored: Stored) -> str:
-    """Model, data and budget of a job, as far as it has them; `stored` finds what the request names. Holds no path but its last part."""
+    """Model, data and budget of a job, as far as it has them; `stored` finds what the request names. Holds no path but
+    its last part.
+    """
     plan = _stored(stored, "plan", request.get("plan"))
     profile = _stored(stored, "profile", request.get("profile") if plan is None else plan["origin"])
     model = (request.get("model") or _source(request)) if profile is None else profile["name"]
@@ -70,7 +74,9 @@ def _shape(figures: Row) -> list[str]:
 
 
 def _source(request: Row) -> str:
-    """The model of a request for a profile: the last part of a path or hub id, or the kind of model that a config describes."""
+    """The model of a request for a profile: the last part of a path or hub id, or the kind of model that a config
+    describes.
+    """
     if request.get("source"):
         return PurePath(request["source"]).name or MODEL
     return config_name(request["config"]) if "config" in request else MODEL

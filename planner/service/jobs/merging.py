@@ -1,4 +1,6 @@
-"""The job that adds a run's adapter to its model (`tightfit merge`): a GGUF file, or a tar file of a Hugging Face folder."""
+"""The job that adds a run's adapter to its model (`tightfit merge`): a GGUF file, or a tar file of a Hugging Face
+folder.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the service sends to a worker process (`JobOrder`), and what the worker answers with (`EventWriter`); the lanes in which
-jobs wait for a worker.
+"""What the service sends to a worker process (`JobOrder`), and what the worker answers with (`EventWriter`); the lanes
+in which jobs wait for a worker.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ UPLOAD = "upload"
 VIEW = "view"
 """the lane of the processes that make what is shown of plans"""
 UploadKind = Literal["profile", "description", "example", "list"]
-"""what is uploaded: a profile, the description of a model of which a bundle is wanted, the profile that comes with the package, or samples
-that may be a JSON list"""
+"""what is uploaded: a profile, the description of a model of which a bundle is wanted, the profile that comes with the
+package, or samples that may be a JSON list
+"""
 MERGED = {"gguf": "merged.gguf", "safetensors": "merged.tar"}
 """form of a merged model -> its file in the folder of the job that has merged it"""
 PROGRESS_SECONDS = 0.1
@@ -62,15 +63,17 @@ class JobOrder:
         return Redaction(map(Path, self.folders))
 
     def content(self, identity: str) -> bytes:
-        """Content of a profile or plan that the request names. Raises InputError where it is gone, UnreadableError where damaged."""
+        """Content of a profile or plan that the request names. Raises InputError where it is gone, UnreadableError
+        where damaged.
+        """
         if identity not in self.digests:
             raise InputError(f"what was stored as {identity} is gone since this was asked for; make it again")
         return ObjectStore(Path(self.objects)).read(self.digests[identity])
 
 
 class EventWriter:
-    """Writes a worker's events to its standard output, where the service reads them: without paths but in the rows of files,
-    and progress at most every tenth of a second.
+    """Writes a worker's events to its standard output, where the service reads them: without paths but in the rows of
+    files, and progress at most every tenth of a second.
     """
 
     def __init__(self) -> None:

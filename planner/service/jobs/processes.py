@@ -94,8 +94,8 @@ class WorkerProcesses:
             self._spare[lane].set_result(worker)
 
     async def ask(self, lane: str, order: JobOrder, seconds: float) -> tuple[dict[str, Any] | None, str]:
-        """Have a process carry out an order, and keep it for the next one. Returns its final message, None where it died without one,
-        and its last words on standard error. Raises TimeoutError after so many seconds.
+        """Have a process carry out an order, and keep it for the next one. Returns its final message, None where it
+        died without one, and its last words on standard error. Raises TimeoutError after so many seconds.
         """
         worker, end = await self.take(lane), None
         try:

@@ -47,7 +47,9 @@ ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunErro
 
 
 class RunClock:
-    """Seconds of this machine's clock that a run's progress goes with, so that whoever begins to look knows how fast it goes."""
+    """Seconds of this machine's clock that a run's progress goes with, so that whoever begins to look knows how fast it
+    goes.
+    """
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
@@ -61,8 +63,8 @@ class RunClock:
         self._others_cores = self._others_cores if cores is None else cores
 
     def at(self, stage: str, step: Mapping[str, float] | None = None) -> Row:
-        """`at`: now; `began`: when the stage was first heard of; `evaluation_seconds`: what the evaluation before the first step took,
-        where there was one; `others_cores`: that other programs use, as the run has said.
+        """`at`: now; `began`: when the stage was first heard of; `evaluation_seconds`: what the evaluation before the
+        first step took, where there was one; `others_cores`: that other programs use, as the run has said.
         """
         now = self._now()
         if stage != self._stage:
@@ -104,8 +106,8 @@ def run(order: JobOrder, events: EventWriter) -> Row:
 
 
 def failure_of(code: int, printed: Row, otherwise: str) -> Exception:
-    """What a command of tightfit failed with, by its exit code and the JSON that it has `printed`; `otherwise` is said of how it ended
-    where it has printed none.
+    """What a command of tightfit failed with, by its exit code and the JSON that it has `printed`; `otherwise` is said
+    of how it ended where it has printed none.
     """
     ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     message = printed.get("error", {}).get("message") or otherwise.format(ending)
@@ -114,7 +116,9 @@ def failure_of(code: int, printed: Row, otherwise: str) -> Exception:
 
 @contextmanager
 def device(order: JobOrder, events: EventWriter) -> Iterator[int]:
-    """While this machine's device is this job's alone: the descriptor of its lock. Raises RunError where the job ends while it waits."""
+    """While this machine's device is this job's alone: the descriptor of its lock. Raises RunError where the job ends
+    while it waits.
+    """
     assert order.lock is not None
     events.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
@@ -123,7 +127,9 @@ def device(order: JobOrder, events: EventWriter) -> Iterator[int]:
 
 
 def _wait_for(lock: int, orders: int) -> None:
-    """Take a lock. Raises RunError where `orders`, standard input, closes first: cancelled, or the service has ended."""
+    """Take a lock. Raises RunError where `orders`, standard input, closes first: cancelled, or the service has
+    ended.
+    """
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,8 +2,8 @@
 every commit).
 
 One connection, used by one thread. The files themselves are in an `ObjectStore`. A job that could not be shown is not
-stored. A job or a file that cannot be read or shown any more is set aside: it is moved out of the database into a file of
-its name, so that neither the service's start nor a list fails, and it can be requested anew.
+stored. A job or a file that cannot be read or shown any more is set aside: it is moved out of the database into a file
+of its name, so that neither the service's start nor a list fails, and it can be requested anew.
 """
 
 from __future__ import annotations
@@ -64,10 +64,13 @@ NAMING = {
 }
 """table and column -> how what a person says is written there"""
 ASKED = (
-    "(title IS NOT NULL OR note IS NOT NULL OR (CASE WHEN json_valid(summary) THEN json_extract(summary, '$.budget_bytes') > 1 END"
-    " AND EXISTS (SELECT 1 FROM uses JOIN jobs ON jobs.id = uses.job WHERE uses.kind = files.kind AND uses.file = files.id AND jobs.kind <> 'comparison')))"
+    "(title IS NOT NULL OR note IS NOT NULL OR (CASE WHEN json_valid(summary) THEN json_extract(summary,"
+    " '$.budget_bytes') > 1 END AND EXISTS (SELECT 1 FROM uses JOIN jobs ON jobs.id = uses.job WHERE uses.kind ="
+    " files.kind AND uses.file = files.id AND jobs.kind <> 'comparison')))"
 )
-"""Of a plan: somebody named it, or a job other than a comparison made or used it. One byte is a question for the smallest budget."""
+"""Of a plan: somebody named it, or a job other than a comparison made or used it. One byte is a question for the
+smallest budget.
+"""
 Row = dict[str, Any]
 T = TypeVar("T")
 log = logging.getLogger("tightfit.service")
@@ -268,8 +271,9 @@ class JobStore:
         return self.job(identity)
 
     def remove_job(self, identity: str) -> list[Row]:
-        """Forget a job and the files that it alone has: of a run report, metrics, adapter and folder, which are returned. What it
-        made besides stays. Raises ServiceError 404, and 409 where it has not ended or another live job needs what it made.
+        """Forget a job and the files that it alone has: of a run report, metrics, adapter and folder, which are
+        returned. What it made besides stays. Raises ServiceError 404, and 409 where it has not ended or another live
+        job needs what it made.
         """
         job = self.job(identity)
         if job.state not in FINISHED:
@@ -292,7 +296,10 @@ class JobStore:
         )
         if user is not None:
             called = [row["title"] or row["label"] for row in (user, file)]
-            message = f"the {user['kind']} “{called[0]}” ({user['id']}) is {user['state']} and needs the {file['kind']} “{called[1]}”"
+            message = (
+                f"the {user['kind']} “{called[0]}” ({user['id']}) is {user['state']} and needs the {file['kind']}"
+                f" “{called[1]}”"
+            )
             raise ServiceError(409, "conflict", f"{message}; cancel it first, or wait for its end")
 
     def _read(self, row: Row) -> ServiceJob | None:
@@ -350,7 +357,8 @@ class JobStore:
         now = time.time()
         with self._transaction() as database:
             ended = database.execute(
-                "UPDATE jobs SET state = ?, result = ?, error = ?, finished = ?, used = ? WHERE id = ? AND state IN ('queued', 'running')",
+                "UPDATE jobs SET state = ?, result = ?, error = ?, finished = ?, used = ? WHERE id = ? AND state IN"
+                " ('queued', 'running')",
                 (
                     state,
                     None if result is None else json.dumps(result),
@@ -372,7 +380,8 @@ class JobStore:
         """Put a running job back where it was in the queue; an attempt that the service itself ended is not counted."""
         with self._transaction() as database:
             database.execute(
-                "UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - ? WHERE id = ? AND state = 'running'",
+                "UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - ? WHERE id = ? AND state ="
+                " 'running'",
                 (0 if counted else 1, identity),
             )
         return self.job(identity)
@@ -442,7 +451,8 @@ class JobStore:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def add(self, file: Row) -> Row:
-        """Keep a file whose object is on disk; one of the same kind and id stays, with the new summary and its own explanation.
+        """Keep a file whose object is on disk; one of the same kind and id stays, with the new summary and its own
+        explanation.
 
         A profile that was uploaded and is then made here counts as made, and stays so when it is uploaded again.
         """
@@ -454,13 +464,12 @@ class JobStore:
 
     def _add(self, file: Row, now: float) -> None:
         self._database.execute(
-            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, label, created, used)"
-            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :label, :now, :now)"
-            " ON CONFLICT DO UPDATE SET used = excluded.used, label = excluded.label, paths = coalesce(excluded.paths, paths),"
-            " origin = CASE WHEN kind = 'profile' AND excluded.origin = 'made' THEN 'made' ELSE origin END, summary = CASE"
-            " WHEN json_extract(excluded.summary, '$.explanation') IS NULL"
-            " AND json_extract(summary, '$.explanation') IS NOT NULL THEN summary"
-            " ELSE excluded.summary END",
+            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, label, created,"
+            " used) VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :label, :now,"
+            " :now) ON CONFLICT DO UPDATE SET used = excluded.used, label = excluded.label, paths ="
+            " coalesce(excluded.paths, paths), origin = CASE WHEN kind = 'profile' AND excluded.origin = 'made' THEN"
+            " 'made' ELSE origin END, summary = CASE WHEN json_extract(excluded.summary, '$.explanation') IS NULL AND"
+            " json_extract(summary, '$.explanation') IS NOT NULL THEN summary ELSE excluded.summary END",
             file | {"label": file_label(file), "now": now},
         )
 
@@ -485,8 +494,8 @@ class JobStore:
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Row]:
-        """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on; of plans only those that
-        were `asked` for, if so.
+        """Those of a kind and an origin that mention all words of `search`, from `next` of the page before on; of plans
+        only those that were `asked` for, if so.
         """
         equal = {"kind": kind, "origin": origin}
         rows = self._page("files", "created", equal, search, after, limit, *([ASKED] if asked else []))
@@ -500,9 +509,9 @@ class JobStore:
         self.touch(kind, identity)
 
     def remove_file(self, kind: str, identity: str, *, with_plans: bool = False) -> list[Row]:
-        """Forget a file, a profile together with its plans if `with_plans`, and the jobs that have ended and answered with what goes,
-        but for runs. Returns the rows that went. Raises ServiceError 404, and 409 where a live job needs what is to go, or where
-        plans of a profile exist and are not to go.
+        """Forget a file, a profile together with its plans if `with_plans`, and the jobs that have ended and answered
+        with what goes, but for runs. Returns the rows that went. Raises ServiceError 404, and 409 where a live job
+        needs what is to go, or where plans of a profile exist and are not to go.
         """
         row = self.file(kind, identity)
         if row is None:
@@ -526,8 +535,8 @@ class JobStore:
     def job_using(self, file: str, identity: str, kind: JobKind) -> ServiceJob | None:
         """The latest job of a kind that has succeeded with a file, whose kind is `file`."""
         row = self._get(
-            "SELECT jobs.* FROM jobs JOIN uses ON uses.job = jobs.id WHERE uses.kind = ? AND uses.file = ? AND jobs.kind = ?"
-            " AND state = 'succeeded' ORDER BY number DESC LIMIT 1",
+            "SELECT jobs.* FROM jobs JOIN uses ON uses.job = jobs.id WHERE uses.kind = ? AND uses.file = ? AND"
+            " jobs.kind = ? AND state = 'succeeded' ORDER BY number DESC LIMIT 1",
             file,
             identity,
             kind,
@@ -656,8 +665,8 @@ class JobStore:
         limit: int,
         *also: str,
     ) -> Page[Row]:
-        """Rows by the column `place`, and by id where that is the same, the last first: those whose columns are `equal` to what is
-        given, and for which the conditions of `also` hold.
+        """Rows by the column `place`, and by id where that is the same, the last first: those whose columns are `equal`
+        to what is given, and for which the conditions of `also` hold.
         """
         conditions: dict[str, tuple[Any, ...]] = {
             f"{column} = ?": (value,) for column, value in equal.items() if value is not None
@@ -800,8 +809,8 @@ def _kind_and_id(row: Row) -> tuple[bytes, bytes]:
 
 
 def _forget(database: sqlite3.Connection, row: Row, *, runs: bool) -> None:
-    """Remove a file's row, and the jobs that have ended and cannot answer without it; those whose results are folders of their own, runs
-    and what was merged of them, only if `runs`, together with the rows of these folders.
+    """Remove a file's row, and the jobs that have ended and cannot answer without it; those whose results are folders
+    of their own, runs and what was merged of them, only if `runs`, together with the rows of these folders.
     """
     of_file = "kind IN (?1, CAST(?1 AS TEXT)) AND {} IN (?2, CAST(?2 AS TEXT))"
     gone = database.execute(

@@ -226,7 +226,9 @@ class Supervisor:
             await asyncio.sleep(DISK_SECONDS)
 
     def _unfinished_folder(self, job: ServiceJob) -> list[dict[str, Any]]:
-        """The folder of a run that did not get to its end: its checkpoints count among what is kept. Of any other job nothing stays."""
+        """The folder of a run that did not get to its end: its checkpoints count among what is kept. Of any other job
+        nothing stays.
+        """
         if job.kind != "run":
             shutil.rmtree(self.runs / job.id, ignore_errors=True)
             return []
@@ -274,7 +276,9 @@ class Supervisor:
                 self.objects.remove(row["digest"])
 
     def delete_job(self, identity: str) -> None:
-        """Remove a job that has ended, and of a run all that it left. Raises ServiceError where there is none, or it is needed."""
+        """Remove a job that has ended, and of a run all that it left. Raises ServiceError where there is none, or it is
+        needed.
+        """
         self._discard(self.store.remove_job(identity))
         shutil.rmtree(self.runs / identity, ignore_errors=True)
         self.events.forget(identity)

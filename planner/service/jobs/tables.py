@@ -68,12 +68,14 @@ COMMIT;
 
 
 def make_tables(database: sqlite3.Connection, path: str) -> None:
-    """Make the tables of an empty `database`, all or none. Raises InputError for a database of another version of tightfit."""
+    """Make the tables of an empty `database`, all or none. Raises InputError for a database of another version of
+    tightfit.
+    """
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version not in (0, SCHEMA):
         raise InputError(
-            f"{path}: written by another version of tightfit (schema {version}, this one has {SCHEMA}); name another --data-dir, or"
-            " remove that one with all that it keeps"
+            f"{path}: written by another version of tightfit (schema {version}, this one has {SCHEMA}); name another"
+            " --data-dir, or remove that one with all that it keeps"
         )
     if version == 0:
         try:

@@ -1,5 +1,5 @@
-"""Reads uploaded profiles, descriptions of models and lists of samples in a worker process, within limits on their unpacked size and on the graph that
-they describe.
+"""Reads uploaded profiles, descriptions of models and lists of samples in a worker process, within limits on their
+unpacked size and on the graph that they describe.
 
 Each limit is checked before the memory that it limits is used: the size while unpacking, the number of JSON objects and
 lists by counting brackets, depth and counts on the parsed JSON. The process's memory limit covers what gets through.

@@ -14,7 +14,8 @@ from tightfit.runtime.common.errors import InputError
 def placed(order: JobOrder, data: str, folder: Path) -> str:
     """The path of data that a request names, which is that of a copy in `folder` if they were uploaded.
 
-    Raises InputError where they are gone, UnreadableError where they are damaged, and StorageError where the disk is full.
+    Raises InputError where they are gone, UnreadableError where they are damaged, and StorageError where the disk is
+    full.
     """
     identity = uploaded(data)
     if identity is None:

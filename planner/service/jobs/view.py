@@ -27,8 +27,8 @@ CHANGES = 2000
 def plan_view(
     plan: Plan, identity: str, stored: dict[str, Any] | None = None, *, not_runnable: str | None = None
 ) -> Row:
-    """`identity` is the stored plan's, `stored` the explanation that was made with it, where there is one. What a plan without a
-    schedule lacks is None or empty.
+    """`identity` is the stored plan's, `stored` the explanation that was made with it, where there is one. What a plan
+    without a schedule lacks is None or empty.
     """
     explanation = account(plan) if stored is None else Explanation.model_validate(stored)
     slices = timeline_slices(plan.timeline, SLICES)
@@ -69,8 +69,8 @@ def _channels(plan: Plan, explanation: Explanation) -> list[Row]:
 
 
 def _layers(plan: Plan) -> list[Row]:
-    """Each layer, or operator of a bare graph, with the bytes under each decision, activations, weights and optimizer states apart;
-    seconds of its passes.
+    """Each layer, or operator of a bare graph, with the bytes under each decision, activations, weights and optimizer
+    states apart; seconds of its passes.
     """
     if plan.model.is_bare_graph:
         return _operators(plan)

@@ -56,7 +56,9 @@ def _parsed(order: JobOrder, identity: str) -> Plan:
 
 @lru_cache(maxsize=4)
 def _read(objects: str, digest: str) -> Plan:
-    """A stored plan. Of a large one this takes longer than all that is made of it, and plans that are compared are looked at before."""
+    """A stored plan. Of a large one this takes longer than all that is made of it, and plans that are compared are
+    looked at before.
+    """
     return parse_plan(ObjectStore(Path(objects)).read(digest), "the stored plan")
 
 

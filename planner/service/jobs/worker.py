@@ -1,9 +1,10 @@
 """A worker process, which does one job, or reads uploads or makes views one after the other: ``python -m
 tightfit.planner.service.jobs.worker LANE``.
 
-The first line of standard input is a job's `JobOrder`; in the lanes of uploads and views every line is one. Standard output gets JSON lines:
-``progress``, then ``done`` or ``error``. A solve or a measurement has nothing to save and ends with the service. A run
-is asked to save and end when standard input closes. A job that dies takes nothing with it but itself.
+The first line of standard input is a job's `JobOrder`; in the lanes of uploads and views every line is one. Standard
+output gets JSON lines: ``progress``, then ``done`` or ``error``. A solve or a measurement has nothing to save and ends
+with the service. A run is asked to save and end when standard input closes. A job that dies takes nothing with it but
+itself.
 
 A process imports only what its own jobs need (`_work_of`): that of a run lies beside the training, that of an upload
 is copied for each, that of views keeps the plans that it has read last.

@@ -1,5 +1,5 @@
-"""What goes over the wire of a model of which a bundle is made for a device: its configuration, without names of places there, which is
-checked here before anything is made of it. The model's weights stay where they are.
+"""What goes over the wire of a model of which a bundle is made for a device: its configuration, without names of places
+there, which is checked here before anything is made of it. The model's weights stay where they are.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def canonical_request(request: BundleRequest) -> bytes:
 def check_config(config: Mapping[str, Any], field: str) -> None:
     """Raises ServiceError 422 for a config from which no dense decoder can be built.
 
-    Of one whose model transformers has to build, only what needs neither transformers nor PyTorch is checked here: what the
-    built model shows is the job's error.
+    Of one whose model transformers has to build, only what needs neither transformers nor PyTorch is checked here: what
+    the built model shows is the job's error.
     """
     text = text_config(config)
     if text is None:

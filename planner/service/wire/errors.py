@@ -93,8 +93,8 @@ JOB_ERRORS: dict[type[TightfitError], Code] = {
 
 
 def error_json(code: Code, message: str, fields: Sequence[tuple[str, str]] = ()) -> bytes:
-    """An answer's body that says what was wrong (`wire.schema.ErrorAnswer`), and in which fields. ASCII: what was sent may hold
-    what cannot be encoded.
+    """An answer's body that says what was wrong (`wire.schema.ErrorAnswer`), and in which fields. ASCII: what was sent
+    may hold what cannot be encoded.
     """
     faults = [{"field": field, "message": text} for field, text in fields]
     return json.dumps({"error": {"code": code, "message": message, "fields": faults}}).encode()

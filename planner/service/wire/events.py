@@ -1,5 +1,5 @@
-"""Live events of jobs: the latest progress of each running job, and streams of server-sent events, which are taken up again
-after the last event that a client has had.
+"""Live events of jobs: the latest progress of each running job, and streams of server-sent events, which are taken up
+again after the last event that a client has had.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ class Events:
     async def stream(
         self, identity: str, read: Callable[[str], ServiceJob], last_id: str | None = None
     ) -> AsyncIterator[str]:
-        """Server-sent events: the job as it is, its progress, and the job again whenever its state changes, to its end. Where `last_id`
-        is the id of an event after which none has been forgotten, those after it, without the job as it is.
+        """Server-sent events: the job as it is, its progress, and the job again whenever its state changes, to its end.
+        Where `last_id` is the id of an event after which none has been forgotten, those after it, without the job as it
+        is.
 
         The job is `read` once the stream is among the listeners, so that no change of its state is missed.
         """

@@ -81,7 +81,9 @@ class ObjectStore:
         return self.path(digest).read_bytes()
 
     def unpack(self, digest: str) -> Iterator[bytes]:
-        """The content, piece by piece. Raises UnreadableError, at its end at the latest, where it is not what was written."""
+        """The content, piece by piece. Raises UnreadableError, at its end at the latest, where it is not what was
+        written.
+        """
         checksum = hashlib.sha256()
         try:
             with gzip.open(self.path(digest)) as file:

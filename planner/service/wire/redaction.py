@@ -1,9 +1,9 @@
 """Redacts this machine's paths in all that leaves the service: a file in an opened folder is named relative to it, any
 other by its last part alone.
 
-Workers and libraries name files in full, as whoever started the service needs them: its log keeps them so. What a worker
-makes is redacted before it is stored; a profile's real paths are kept beside it, for its runs. What is stored of a
-request and of an error is redacted where it is shown.
+Workers and libraries name files in full, as whoever started the service needs them: its log keeps them so. What a
+worker makes is redacted before it is stored; a profile's real paths are kept beside it, for its runs. What is stored of
+a request and of an error is redacted where it is shown.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ CHOICE: dict[str, Any] = {
 
 
 def _read(parse: Callable[[str], float], allowed: Callable[[float], bool], words: str) -> BeforeValidator:
-    """Reads a number, or a text by `parse`. Refuses a number that is not `allowed`, and true and false, which Python counts as
-    numbers: `words` say what they are not, and what to send.
+    """Reads a number, or a text by `parse`. Refuses a number that is not `allowed`, and true and false, which Python
+    counts as numbers: `words` say what they are not, and what to send.
     """
 
     def read(value: object) -> object:
@@ -95,7 +95,9 @@ Memory = Annotated[
 
 
 def _with_options(record: type[Options], *leaving_out: str, base: type[RequestBody] = RequestBody) -> Any:
-    """A request with the fields of `base` and, after them, the options of a record; without those of the names given here."""
+    """A request with the fields of `base` and, after them, the options of a record; without those of the names given
+    here.
+    """
     fields = {name: _field(name, field) for name, field in options_of(record).items() if name not in leaving_out}
     return create_model(f"{base.__name__}With{record.__name__}", __base__=base, **cast("Any", fields))
 
@@ -134,7 +136,10 @@ class ModelRequest(RequestBody):
 
     header: FileHeader | None = Field(
         None,
-        description="what the header of a GGUF or safetensors file says, for whoever keeps the file: as a config, with the file's precision",
+        description=(
+            "what the header of a GGUF or safetensors file says, for whoever keeps the file: as a config, with the"
+            " file's precision"
+        ),
     )
 
     @model_validator(mode="after")
@@ -178,13 +183,15 @@ class ComparisonRequest(StepRequest):
         [OWN_DEVICE],
         min_length=1,
         max_length=8,
-        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
+        description=(
+            "own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes"
+        ),
     )
 
 
 class AnswerPlanRequest(RequestBody):
-    """What of a model's weights is to stay in memory between the tokens of answers: a problem for each number of tokens in which a
-    prompt may pass. It holds sizes and seconds alone.
+    """What of a model's weights is to stay in memory between the tokens of answers: a problem for each number of tokens
+    in which a prompt may pass. It holds sizes and seconds alone.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"problems": [CHOICE]}]})
@@ -193,7 +200,9 @@ class AnswerPlanRequest(RequestBody):
 
 
 class NameRequest(RequestBody):
-    """What a person calls something that is kept, and says of it. What is left out stays as it is, null takes it away."""
+    """What a person calls something that is kept, and says of it. What is left out stays as it is, null takes it
+    away.
+    """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"title": "reviews, third try", "note": None}]})
 
@@ -228,7 +237,9 @@ class PromptMessage(RequestBody):
 
 
 class AnswerRequest(RequestBody):
-    """Ask a model that was measured here, by itself or with the adapter that a run has left. The likeliest tokens are taken."""
+    """Ask a model that was measured here, by itself or with the adapter that a run has left. The likeliest tokens are
+    taken.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -1,5 +1,5 @@
-"""The answers of the HTTP API, and what requests and answers have in common. Sizes are bytes, times seconds, moments seconds since 1970
-(UTC).
+"""The answers of the HTTP API, and what requests and answers have in common. Sizes are bytes, times seconds, moments
+seconds since 1970 (UTC).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "int
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
 DEEPEST = 64
-"""levels of objects and lists nested in one another that may be sent: Python could neither walk nor write much deeper JSON"""
+"""levels of objects and lists nested in one another that may be sent: Python could neither walk nor write much deeper
+JSON
+"""
 OWN_DEVICE = "own"
 """in a comparison: the device that the profile was made for"""
 DIGEST = "3f1c0e9d" * 8
@@ -132,15 +134,22 @@ class ServiceJob(Named):
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
         None,
-        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes, and as `clock` when the stage began, what the first evaluation took, and how many cores other programs use; answering: text",
+        description=(
+            "solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes, and as"
+            " `clock` when the stage began, what the first evaluation took, and how many cores other programs use;"
+            " answering: text"
+        ),
     )
     result: dict[str, Any] | None = Field(
         None,
-        description="profile: {profile}; bundle: {bundle, summary}; plan: {plan, summary}; comparison: {cells}; answer-plan: {choices};"
-        " run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
-        " padding_share, epoch_steps, evaluation_batches, longer, can_pack}, where `longer` says how many samples are longer than common lengths,"
-        " and a sample has its line, pieces {text, trained}, tokens and how many of them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes};"
-        " merge: {merged: {format, adapted, seconds, note, bytes}}",
+        description=(
+            "profile: {profile}; bundle: {bundle, summary}; plan: {plan, summary}; comparison: {cells}; answer-plan:"
+            " {choices}; run: {report}; preview: {samples, refused, counted, refused_count, cut, whole, longest, seq,"
+            " padding_share, epoch_steps, evaluation_batches, longer, can_pack}, where `longer` says how many samples"
+            " are longer than common lengths, and a sample has its line, pieces {text, trained}, tokens and how many of"
+            " them are cut; answer: {text, tokens, seconds, first_seconds, end, peak_bytes, budget_bytes}; merge:"
+            " {merged: {format, adapted, seconds, note, bytes}}"
+        ),
     )
     error: Error | None = None
 
@@ -220,7 +229,9 @@ class DeviceList(ResponseBody):
 
 
 class RunMetrics(ResponseBody):
-    """Every step so far, and where it evaluates between its steps every evaluation; the one before the first step has step 0."""
+    """Every step so far, and where it evaluates between its steps every evaluation; the one before the first step has
+    step 0.
+    """
 
     model_config = example_of(
         budget_bytes=367001600,
@@ -237,7 +248,10 @@ class RunMetrics(ResponseBody):
         [], description="step, epoch, time, eval_loss, eval_accuracy where the data are questions, eval_seconds, best"
     )
     steps: list[dict[str, float]] = Field(
-        description="step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
+        description=(
+            "step, loss, lr, epoch, time, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding"
+            " left out"
+        )
     )
 
 

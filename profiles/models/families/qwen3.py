@@ -1,7 +1,7 @@
 """Qwen 3 (dense): a norm over each head of q and k; sliding windows as in Qwen 2.
 
-The text model of Qwen3-VL is the same: the three positions of a token are equal in a text, and what it adds to the outputs of
-its first layers are features of images.
+The text model of Qwen3-VL is the same: the three positions of a token are equal in a text, and what it adds to the
+outputs of its first layers are features of images.
 """
 
 from tightfit.profiles.models.families.qwen2 import upper_layers_slide

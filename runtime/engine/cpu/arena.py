@@ -28,8 +28,8 @@ class Arena:
     def window(self, dtype: str) -> Callable[[int, int], Tensor]:
         """The function that makes a flat tensor of `dtype` from a byte offset and a number of elements.
 
-        The tensor's storage begins at that offset and ends with the tensor. Some of PyTorch's kernels copy the storage of an
-        operand from its beginning on: in a storage of the whole arena that would be all that lies before it.
+        The tensor's storage begins at that offset and ends with the tensor. Some of PyTorch's kernels copy the storage
+        of an operand from its beginning on: in a storage of the whole arena that would be all that lies before it.
         """
         if dtype not in self._windows:
             torch_dtype: torch.dtype = getattr(torch, dtype)

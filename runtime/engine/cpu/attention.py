@@ -9,8 +9,8 @@ of two: PyTorch's `exp` is MKL's, which took 4 times as long there as its `exp2`
 copies and scores lie in a scratch tensor that the plan places.
 
 A row may hold several samples, one after the other. A block of queries is then multiplied with the keys from about the
-first that any of its samples has, and what lies before each sample is masked: rows of short samples take less than a row
-of one. A row of one sample is computed as if rows of several did not exist, to the bit.
+first that any of its samples has, and what lies before each sample is masked: rows of short samples take less than a
+row of one. A row of one sample is computed as if rows of several did not exist, to the bit.
 
 Shapes: n rows of T tokens, H query heads and K key heads of D columns each, H / K query heads to each key head.
 """
@@ -39,8 +39,9 @@ SHARES, LEAST_KEYS = 4, 128
 every share that has a key it may see. Shares keep the number of different products small: each costs some 0.3 MB of
 machine code."""
 FEW_KEYS = 2 * QUERIES
-"""of a row of several samples, the keys that a block of queries is multiplied with if that is enough and shares are larger:
-one more product"""
+"""of a row of several samples, the keys that a block of queries is multiplied with if that is enough and shares are
+larger: one more product
+"""
 HIDDEN = 1e38
 """subtracted from masked scores: softmax makes 0 of them, and the differences of such scores are finite"""
 
@@ -61,11 +62,11 @@ def attention(
 ) -> None:
     """Rotary embedding (half-split pairs) and causal attention inside each sample.
 
-    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2] by position; mask float32 [T, T] by places in a
-    row is added to the scores instead of the causal mask. positions int64 [n, T]: of each token in its sample, which
-    begins where it is 0; None: each row is one sample. out: y like q; float32 [n, H, T], the base-2 logarithms of the softmax's sums, which the
-    backward needs; and scratch of the shape `attention_scratch`, an output only so that the plan places it. The
-    backward rotates q and k again, so that the rotated ones need not be saved.
+    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2] by position; mask float32 [T, T] by places in
+    a row is added to the scores instead of the causal mask. positions int64 [n, T]: of each token in its sample, which
+    begins where it is 0; None: each row is one sample. out: y like q; float32 [n, H, T], the base-2 logarithms of the
+    softmax's sums, which the backward needs; and scratch of the shape `attention_scratch`, an output only so that the
+    plan places it. The backward rotates q and k again, so that the rotated ones need not be saved.
     """
     y, lse, scratch = out
     for step in _steps(scratch, q, (cos, sin), positions, heads, kv_heads):
@@ -133,8 +134,8 @@ def attention_backward(
 def attention_scratch(
     tokens: int, seq: int, heads: int, queries: int, keys: int, *, backward: bool = False
 ) -> tuple[int, int]:
-    """Shape of the scratch of `attention`, or of its backward: float32, a row for each row of tokens that is worked on at
-    a time.
+    """Shape of the scratch of `attention`, or of its backward: float32, a row for each row of tokens that is worked on
+    at a time.
 
     `tokens` are all rows of q, `seq` those of one row of tokens; `queries` and `keys` are the columns of q and of k.
     """
@@ -260,7 +261,9 @@ class _TokenPass:
         return x.view(self.count, self.kv_heads, group, x.shape[1] // group, self.width)
 
     def copied(self, x: Tensor, room: Tensor, part: slice, *, turned: bool = False) -> Tensor:
-        """Copy the tokens `part` of `x` [n * T, H * D] into `room`, as float32 [n * K, H / K * part, D], rotated if `turned`."""
+        """Copy the tokens `part` of `x` [n * T, H * D] into `room`, as float32 [n * K, H / K * part, D], rotated if
+        `turned`.
+        """
         result = self.of(room, part)
         grouped = self.apart(result).copy_(self.grouped(x, part))
         if turned:

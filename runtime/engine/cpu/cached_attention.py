@@ -50,8 +50,8 @@ def cached_attention(
     """Rotary embedding of the queries, and their causal attention to the cache.
 
     q float32 [t, H * D]; keys, values [K, n, D], of which the last t are those of the queries' own tokens; cos, sin
-    float32 [t, D / 2]. With a `window` a token attends to itself and to `window` - 1 tokens before it; `before` counts the
-    tokens that came before those in `keys`, which no query may see. out: y like q, and scratch of
+    float32 [t, D / 2]. With a `window` a token attends to itself and to `window` - 1 tokens before it; `before` counts
+    the tokens that came before those in `keys`, which no query may see. out: y like q, and scratch of
     `attention_cache_scratch` elements.
     """
     y, scratch = out
@@ -97,13 +97,15 @@ def _wide(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hide(scores: Tensor, window: int | None) -> None:
-    """Hide from each of the last tokens, of which `scores` [heads, t, n] are, the keys after it and before its window."""
+    """Hide from each of the last tokens, of which `scores` [heads, t, n] are, the keys after it and before its
+    window.
+    """
     size, seen = scores.shape[1:]
     last = torch.full((size, size), -math.inf).triu_(1)
     scores[:, :, seen - size :].add_(last)
     if window is not None:
-        # The query of row i, at place n - t + i, sees places from n - t + i - window + 1 on: of the first t places some are
-        # hidden, since the keys begin with the first one that row 0 sees.
+        # The query of row i, at place n - t + i, sees places from n - t + i - window + 1 on: of the first t places some
+        # are hidden, since the keys begin with the first one that row 0 sees.
         places = torch.arange(min(size, seen))
         first_seen = torch.arange(size) + (seen - size - window + 1)
         hidden = places[None, :] < first_seen[:, None]

@@ -1,10 +1,11 @@
-"""PyTorch's operators on the CPU that write straight into the tensors that they are given where its own out variants would copy,
-and its products of float32 by oneDNN where that is faster: `DIRECT[target](*args, out=(...), **kwargs)`.
+"""PyTorch's operators on the CPU that write straight into the tensors that they are given where its own out variants
+would copy, and its products of float32 by oneDNN where that is faster: `DIRECT[target](*args, out=(...), **kwargs)`.
 
-Many of PyTorch's kernels only make new tensors: the result then lies in memory twice until it is copied. Here a convolution of one
-point is the matrix product that it is, of each sample or, with channels last, of all of them: a fifth faster on a core of Zen 4, and 2.5 times as fast for the gradient
-with a stride. Other convolutions have PyTorch make the results of a few samples at a time, and copy them. Buffers stay small, so
-that those of the next operator fit into the place that they leave.
+Many of PyTorch's kernels only make new tensors: the result then lies in memory twice until it is copied. Here a
+convolution of one point is the matrix product that it is, of each sample or, with channels last, of all of them: a
+fifth faster on a core of Zen 4, and 2.5 times as fast for the gradient with a stride. Other convolutions have PyTorch
+make the results of a few samples at a time, and copy them. Buffers stay small, so that those of the next operator fit
+into the place that they leave.
 
 Outputs that nothing reads are None.
 """
@@ -79,8 +80,8 @@ def baddbmm(
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    transposed: bool, output_padding: Sequence[int], groups: int, *, out: Sequence[Tensor],
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int, *, out: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """x [N, I, ...], weight [O, I / groups, ...]; out [N, O, ...]."""
     (y,) = out
@@ -106,7 +107,8 @@ def convolution(
 
 
 def convolution_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Sequence[int], padding: Sequence[int],
+    dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Sequence[int],
+    padding: Sequence[int],
     dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int, wanted: Sequence[bool], *,
     out: Outputs,
 ) -> None:  # fmt: skip
@@ -171,7 +173,9 @@ def _channels_last(images: Tensor) -> bool:
 
 
 def _rows(images: Tensor, stride: Sequence[int] = (1, 1)) -> Tensor:
-    """The points of images with channels last that a convolution reads, [points, channels]; a copy where it leaves some out."""
+    """The points of images with channels last that a convolution reads, [points, channels]; a copy where it leaves some
+    out.
+    """
     return images[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
@@ -191,8 +195,8 @@ def _back_to_points(kernel: Tensor, slope: Tensor, out: Tensor, stride: Sequence
 
 
 def _parts(x: Tensor, weight: Tensor, y: Tensor) -> Iterator[slice]:
-    """Samples that are convolved together: about `PART_BYTES` of them, or all where the weights, which are brought into another
-    order for each part, are so large that this would take long.
+    """Samples that are convolved together: about `PART_BYTES` of them, or all where the weights, which are brought into
+    another order for each part, are so large that this would take long.
     """
     sample = max(1, (x.nbytes + y.nbytes) // max(1, len(x)))
     count = max(1, PART_BYTES // sample)
@@ -200,12 +204,14 @@ def _parts(x: Tensor, weight: Tensor, y: Tensor) -> Iterator[slice]:
 
 
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor | None,
-    rstd: Tensor | None, train: bool, eps: float, wanted: Sequence[bool], *, out: Outputs,
+    dy: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    mean: Tensor | None, rstd: Tensor | None, train: bool, eps: float, wanted: Sequence[bool], *, out: Outputs,
 ) -> None:  # fmt: skip
-    """out: d x, d weight [C], d bias [C] of a batch norm whose batch x [N, C, ...] had this mean and 1 / standard deviation.
+    """out: d x, d weight [C], d bias [C] of a batch norm whose batch x [N, C, ...] had this mean and 1 / standard
+    deviation.
 
-    With n = (x - mean) * rstd: d bias = sum dy, d weight = sum dy * n, d x = weight * rstd * (dy - mean of dy - n * mean of dy * n).
+    With n = (x - mean) * rstd: d bias = sum dy, d weight = sum dy * n, d x = weight * rstd * (dy - mean of dy - n *
+    mean of dy * n).
     """
     dx, dweight, dbias = out
     arguments = dy, x, weight, running_mean, running_var, mean, rstd, train, eps
@@ -234,10 +240,12 @@ def batch_norm_backward(
 
 
 def max_pool2d_backward(
-    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    ceil_mode: bool, indices: Tensor, *, out: Sequence[Tensor],
+    dy: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, indices: Tensor, *, out: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """PyTorch reads only x's shape and order in memory, which the result takes; so another tensor may stand in for x."""
+    """PyTorch reads only x's shape and order in memory, which the result takes; so another tensor may stand in for
+    x.
+    """
     (dx,) = out
     aten.max_pool2d_with_indices_backward.grad_input(
         dy, dx, kernel, stride, padding, dilation, ceil_mode, indices, grad_input=dx

@@ -1,11 +1,13 @@
-"""The operators of DoRA on the CPU: a projection whose rows have trained lengths, y = m * (W + s B A) x / ||W + s B A||.
+"""The operators of DoRA on the CPU: a projection whose rows have trained lengths, y = m * (W + s B A) x / ||W + s B
+A||.
 
-Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation"; as there (section 4.3), the norm of each row is a
-constant to the gradient. The product z = (W + s B A) x is that of a LoRA pair (`tightfit.runtime.engine.cpu.operators`).
+Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation"; as there (section 4.3), the norm of each row is
+a constant to the gradient. The product z = (W + s B A) x is that of a LoRA pair
+(`tightfit.runtime.engine.cpu.operators`).
 
 The norm is taken of W + s B A itself, a block of rows at a time. Its square is also ||W||² + 2 s W·(B A) + s² ||B A||²,
-which would need no row of B A; but rows of W have to be widened to float32 for either, multiplying them by A takes as many
-operations as adding s B A to them, and where s B A nearly cancels W, that sum loses all digits.
+which would need no row of B A; but rows of W have to be widened to float32 for either, multiplying them by A takes as
+many operations as adding s B A to them, and where s B A nearly cancels W, that sum loses all digits.
 
 The last output of each operator is scratch, float32, for a block of rows: an output so that the plan places it, as for
 `tightfit.head_chunk`. The block has as many rows as the scratch.
@@ -33,8 +35,8 @@ def norm_scratch(rows: int, columns: int) -> tuple[int, int]:
 
 
 def scale_scratch(rows: int, columns: int, dtype: torch.dtype, *, backward: bool) -> tuple[int, int, int]:
-    """Shape of the scratch of `dora_scale` or its backward for a product [rows, columns]: one element where nothing has to be
-    widened.
+    """Shape of the scratch of `dora_scale` or its backward for a product [rows, columns]: one element where nothing has
+    to be widened.
     """
     return (1, 1, 1) if dtype is torch.float32 else (1 + backward, *norm_scratch(rows, columns))
 
@@ -68,8 +70,8 @@ def dora_scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, 
 
 
 def dora_scale_backward(dy: Tensor, z: Tensor, magnitude: Tensor, norm: Tensor, *, out: Sequence[Tensor]) -> None:
-    """out: dz [T, O] = dy * magnitude / norm; d magnitude float32 [O], the sum over tokens of dy * z, divided by norm; scratch
-    float32 [`scale_scratch`].
+    """out: dz [T, O] = dy * magnitude / norm; d magnitude float32 [O], the sum over tokens of dy * z, divided by norm;
+    scratch float32 [`scale_scratch`].
     """
     dz, dmagnitude, scratch = out
     scale = magnitude / norm

@@ -1,13 +1,15 @@
-"""Dropout on the input of LoRA pairs (Srivastava et al. 2014): each element is kept with probability 1 - p, and divided by
-that.
+"""Dropout on the input of LoRA pairs (Srivastava et al. 2014): each element is kept with probability 1 - p, and divided
+by that.
 
-No mask is ever stored. An element's random bits are a function of the step, the layer, the place in the layer (`site`) and
-the element's index in its matrix (`tightfit.runtime.engine.device.draws`). So a forward that runs again and the backward
-make the same mask again, whatever blocks a matrix is cut into and however many threads work on it. The function is
-SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): word i of a stream is
-mix(key + i * golden ratio). A word has 64 bits and decides about four elements; p is rounded to a multiple of 1 / 65536.
+No mask is ever stored. An element's random bits are a function of the step, the layer, the place in the layer (`site`)
+and the element's index in its matrix (`tightfit.runtime.engine.device.draws`). So a forward that runs again and the
+backward make the same mask again, whatever blocks a matrix is cut into and however many threads work on it. The
+function is SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): word i of a
+stream is mix(key + i * golden ratio). A word has 64 bits and decides about four elements; p is rounded to a multiple of
+1 / 65536.
 
-In an evaluation (`Draws.step` is None) nothing is left out. Shapes are those of `tightfit.runtime.engine.cpu.operators`.
+In an evaluation (`Draws.step` is None) nothing is left out. Shapes are those of
+`tightfit.runtime.engine.cpu.operators`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ DEFAULT_DRAWS = Draws()
 
 
 def dropout(x: Tensor, p: float, site: int, *, out: Sequence[Tensor], draws: Draws = DEFAULT_DRAWS) -> None:
-    """y = x / (1 - p) where the mask of `site` keeps x, else 0. x, out [T, I]. It is its own backward: dx is that of dy."""
+    """y = x / (1 - p) where the mask of `site` keeps x, else 0. x, out [T, I]. It is its own backward: dx is that of
+    dy.
+    """
     (y,) = out
     drop = _DropoutMask(x, p, site, draws)
     if drop.off:
@@ -103,7 +107,8 @@ def dropout_projection_backward(
 class _DropoutMask:
     """The mask of one matrix [T, I], with the buffers of one operator's call.
 
-    `leave_out`, `dropped` and `product` make zeros of what is left out; whoever uses their result multiplies by `scale`.
+    `leave_out`, `dropped` and `product` make zeros of what is left out; whoever uses their result multiplies by
+    `scale`.
     """
 
     def __init__(self, like: Tensor, p: float, site: int, draws: Draws) -> None:
@@ -162,7 +167,9 @@ class _DropoutMask:
             torch.mul(x[rows].view(bits), mask, out=out[rows].view(bits))
 
     def _drawing(self, count: int) -> tuple[Tensor, Tensor]:
-        """Buffers for `count` words, and for as many again or integers as wide as the elements that they decide about."""
+        """Buffers for `count` words, and for as many again or integers as wide as the elements that they decide
+        about.
+        """
         if self._words is None:
             work_count = count * self._like.itemsize // 2
             word_buffer, work_buffer = torch.empty(count + work_count, dtype=torch.int64).split_with_sizes(

@@ -1,16 +1,17 @@
-"""The experts of a mixture on the CPU: gated MLPs, with biases or without, of which a router chooses some for each row of x.
+"""The experts of a mixture on the CPU: gated MLPs, with biases or without, of which a router chooses some for each row
+of x.
 
-A call has the matrices of a few experts, slices of those of all, and adds what each makes of its rows to a sum in float32, in the
-order of the experts. How many rows an expert has is known only while the step runs. They are taken in blocks of few sizes
-(`blocks_of`), of which the last is filled up with zeros: oneDNN keeps code for every shape of a product that it has met, and scratch,
-which is an output so that the plan places it, has the size of the largest block, whatever the router chooses. What is between an
-expert's matrices is made again in the backward, of a block at a time.
+A call has the matrices of a few experts, slices of those of all, and adds what each makes of its rows to a sum in
+float32, in the order of the experts. How many rows an expert has is known only while the step runs. They are taken in
+blocks of few sizes (`blocks_of`), of which the last is filled up with zeros: oneDNN keeps code for every shape of a
+product that it has met, and scratch, which is an output so that the plan places it, has the size of the largest block,
+whatever the router chooses. What is between an expert's matrices is made again in the backward, of a block at a time.
 
-The matrices of all experts of a layer may have LoRA pairs (`Pairs`), whose factors and gradients hold all experts, in PEFT's order. An
-expert without rows has gradients of zero.
+The matrices of all experts of a layer may have LoRA pairs (`Pairs`), whose factors and gradients hold all experts, in
+PEFT's order. An expert without rows has gradients of zero.
 
-Shapes: T = batch * seq flat tokens, H = hidden size, F = width of an expert, E = experts of a call, k = experts of a token, N = experts of
-the layer, R = rank.
+Shapes: T = batch * seq flat tokens, H = hidden size, F = width of an expert, E = experts of a call, k = experts of a
+token, N = experts of the layer, R = rank.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from tightfit.runtime.engine.device.expert_blocks import blocks_of, largest_bloc
 
 
 def experts_scratch(tokens: int, hidden: int, width: int, *, backward: bool, rank: int = 0) -> tuple[int, int]:
-    """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32. `rank`: of pairs, if there are
-    any.
+    """Elements of the two scratch outputs of `experts`, or of its backward: of x's type, and of float32. `rank`: of
+    pairs, if there are any.
     """
     rows = largest_block(tokens)
     wide = rows * max(hidden, width)
@@ -64,12 +65,14 @@ def _factors(a: Tensor, b: Tensor, expert: int, of: int) -> tuple[Tensor, Tensor
 
 
 class _PairOfExpert:
-    """What an expert's pair adds to a product: scale * x @ A.T @ B.T. Products are made in float32, of which no library keeps code for each
-    size, in parts of the scratch.
+    """What an expert's pair adds to a product: scale * x @ A.T @ B.T. Products are made in float32, of which no library
+    keeps code for each size, in parts of the scratch.
     """
 
     def __init__(self, factors: tuple[Tensor, Tensor], scale: float, rooms: Sequence[Tensor]) -> None:
-        """`rooms`: flat, for x in float32, a product, the gradient of B, and this pair's own: B, x @ A.T, and the gradient of that."""
+        """`rooms`: flat, for x in float32, a product, the gradient of B, and this pair's own: B, x @ A.T, and the
+        gradient of that.
+        """
         self.a, b = factors
         self._x, self._product, self._gradient, own_b, self._low, self._dlow = rooms
         self._scaled_b = torch.mul(b, scale, out=_shaped(own_b, *b.shape))
@@ -134,11 +137,12 @@ def experts(
 ) -> None:
     """y = total + for each row of x the sum of weights * down(gated(gate(x), up(x))) over its experts of this call.
 
-    total: float32 [T, H], the sum over the experts before, or None; y may be the same tensor. x [T, H]; index int64 [T, k]: each row's
-    experts, numbered from 0 to `of` - 1; weights [T, k]. gate_up [E * 2 * F, H]: of each expert the rows of its gate and then those of
-    its up; down [E * H, F]; up_bias [E, 2 * F] and down_bias [E, H] are added to what they make; `first` is the number of the first of
-    these experts; `activation` as `gated` has it. `given`, where there are pairs: the four tensors of `Pairs`, and the scale of their
-    products. out: y, and scratch as `experts_scratch` has it.
+    total: float32 [T, H], the sum over the experts before, or None; y may be the same tensor. x [T, H]; index int64 [T,
+    k]: each row's experts, numbered from 0 to `of` - 1; weights [T, k]. gate_up [E * 2 * F, H]: of each expert the rows
+    of its gate and then those of its up; down [E * H, F]; up_bias [E, 2 * F] and down_bias [E, H] are added to what
+    they make; `first` is the number of the first of these experts; `activation` as `gated` has it. `given`, where there
+    are pairs: the four tensors of `Pairs`, and the scale of their products. out: y, and scratch as `experts_scratch`
+    has it.
     """
     y, narrow, wide = out
     _begin(y, total)
@@ -181,10 +185,10 @@ def experts_backward(
     *given: Any,
     out: Sequence[Tensor],
 ) -> None:
-    """out: total + what the experts of this call contribute to the gradient of x, float32 [T, H]; weights_total + the gradient of
-    their weights, float32 [T, k]; and scratch. The totals are those of the experts before, or None; the outputs may be the same tensors.
-    `given`, where there are pairs: those and their scale as for `experts`, and totals of their gradients, of `Pairs` or None each; out
-    then has these gradients, as `Pairs`, besides.
+    """out: total + what the experts of this call contribute to the gradient of x, float32 [T, H]; weights_total + the
+    gradient of their weights, float32 [T, k]; and scratch. The totals are those of the experts before, or None; the
+    outputs may be the same tensors. `given`, where there are pairs: those and their scale as for `experts`, and totals
+    of their gradients, of `Pairs` or None each; out then has these gradients, as `Pairs`, besides.
     """
     dx, dweights, narrow, wide, *made_of_pairs = out
     _begin(dx, total)
@@ -209,7 +213,8 @@ def experts_backward(
         down_dlow = None if of_down is None else of_down.add_backward(drows, dinner)
         gate, up = both[:, :width], both[:, width:]
         gated(gate, up, activation, out=(inner,))
-        # dy of an expert is weight * dy, so that the gradient of the weight is dy . down(inner) = (dy @ down) . inner + dy . bias.
+        # dy of an expert is weight * dy, so that the gradient of the weight is dy . down(inner) = (dy @ down) . inner +
+        # dy . bias.
         (products,) = _carved(wide, count, width)
         torch.mul(dinner[:count], inner[:count], out=products)
         sums = products.sum(1)
@@ -267,8 +272,8 @@ def _begin(out: Tensor, total: Tensor | None) -> None:
 
 
 def _blocks_of(index: Tensor, first: int, count: int) -> Iterator[tuple[int, Tensor, int]]:
-    """(number among the `count` experts from `first` on, places in the flat `index` of some of its rows, size of the block that they
-    fill), of one expert after the other and in the order of its rows.
+    """(number among the `count` experts from `first` on, places in the flat `index` of some of its rows, size of the
+    block that they fill), of one expert after the other and in the order of its rows.
     """
     flat = index.reshape(-1)
     for number in range(count):

@@ -1,4 +1,5 @@
-"""The gates of MLPs, activation(gate) * up, and the blocks in which they and other operators go through the rows of a tensor.
+"""The gates of MLPs, activation(gate) * up, and the blocks in which they and other operators go through the rows of a
+tensor.
 
 A block stays in cache. Gates are multiplied in the tensors' type.
 """
@@ -39,8 +40,8 @@ def buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tuple
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
-    """y = activation(gate) * up; all [T, F]. activation: silu, gelu_tanh, or ``clamped ALPHA LIMIT``: x * sigmoid(ALPHA * x) of a gate
-    of at most LIMIT, and up + 1, of up between -LIMIT and LIMIT, in the place of up (gpt-oss).
+    """y = activation(gate) * up; all [T, F]. activation: silu, gelu_tanh, or ``clamped ALPHA LIMIT``: x * sigmoid(ALPHA
+    * x) of a gate of at most LIMIT, and up + 1, of up between -LIMIT and LIMIT, in the place of up (gpt-oss).
     """
     (y,) = out
     for rows, buffers in buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
@@ -75,7 +76,9 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out
 def _clamped(
     gate: Tensor, up: Tensor, activation: str, dy: Tensor | None, wide: Tensor, share: Tensor, other: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(what is made, gradient of the gate, gradient of up), float32, in buffers of these sizes; without dy the first alone."""
+    """(what is made, gradient of the gate, gradient of up), float32, in buffers of these sizes; without dy the first
+    alone.
+    """
     alpha, limit = map(float, activation.removeprefix(CLAMPED).split())
     wide.copy_(gate).clamp_(max=limit)
     torch.mul(wide, alpha, out=share).sigmoid_()

@@ -1,10 +1,11 @@
 """One direction of one layer of an LSTM (Hochreiter and Schmidhuber 1997) over a whole sequence, and its gradients.
 
-What does not depend on the state before is one matrix product for all times, in both directions of time: the inputs' part of
-the gates, and the gradients of inputs and weights. Only the state's part of the gates, and its gradient, are made time by time.
+What does not depend on the state before is one matrix product for all times, in both directions of time: the inputs'
+part of the gates, and the gradients of inputs and weights. Only the state's part of the gates, and its gradient, are
+made time by time.
 
-Shapes: x [T, N, I]; states [N, H]; w_ih [4 H, I], w_hh [4 H, H], biases [4 H], the gates in PyTorch's order: input, forget, cell,
-output. With `reverse` the sequence is gone through from its end.
+Shapes: x [T, N, I]; states [N, H]; w_ih [4 H, I], w_hh [4 H, H], biases [4 H], the gates in PyTorch's order: input,
+forget, cell, output. With `reverse` the sequence is gone through from its end.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def lstm(
     *,
     out: Sequence[Tensor],
 ) -> None:
-    """out: y [T, N, H], the hidden state at each time; [N, H], the cell state at the last one; the gates [T, N, 4 H] and the cell
-    states [T, N, H], which the gradient needs. `hidden` and `cell` are the states before the first time.
+    """out: y [T, N, H], the hidden state at each time; [N, H], the cell state at the last one; the gates [T, N, 4 H]
+    and the cell states [T, N, H], which the gradient needs. `hidden` and `cell` are the states before the first time.
     """
     with onednn(x.dtype):
         _forward(x, hidden, cell, w_ih, w_hh, b_ih, b_hh, *out, reverse=reverse)
@@ -90,11 +91,11 @@ def lstm_backward(
     *,
     out: Sequence[Tensor],
 ) -> None:
-    """Gradients of `lstm`, which made y, gates and cells. dy is like y, dends [N, H] the gradient of the cell state at the last
-    time; None is zero.
+    """Gradients of `lstm`, which made y, gates and cells. dy is like y, dends [N, H] the gradient of the cell state at
+    the last time; None is zero.
 
-    out: dx, d hidden, d cell, d w_ih, d w_hh, the gradient [4 H] of either bias, and scratch [T, N, 4 H], an output only so that
-    the plan places it.
+    out: dx, d hidden, d cell, d w_ih, d w_hh, the gradient [4 H] of either bias, and scratch [T, N, 4 H], an output
+    only so that the plan places it.
     """
     dx, dhidden, dcell, dw_ih, dw_hh, dbias, slopes = out
     with onednn(x.dtype):

@@ -125,8 +125,8 @@ def projection_backward(
     *,
     out: Sequence[Tensor],
 ) -> None:
-    """dx = dy @ W + d low @ A (+ addend: what other uses of x, or other rows of W, add to its gradient). out [T, I] of the type
-    `dtype`, that of dy if that is None; it may be the addend. `dlow` and `a` are None without a pair.
+    """dx = dy @ W + d low @ A (+ addend: what other uses of x, or other rows of W, add to its gradient). out [T, I] of
+    the type `dtype`, that of dy if that is None; it may be the addend. `dlow` and `a` are None without a pair.
     """
     (dx,) = out
     pair = () if dlow is None or a is None else ((dlow, a, 1.0),)
@@ -233,9 +233,9 @@ def head_finish(
 ) -> None:
     """The loss and its gradient from the state after the last slice; rows [T, H] are the output of `head_rows`.
 
-    counted: the labels of the whole batch of which these tokens are a part; None: they are all of it. out: loss float32 []
-    (the labelled tokens' part of the mean over those of the batch), token losses float32 [T] (0 where unlabelled), d loss / d hidden
-    [T, H].
+    counted: the labels of the whole batch of which these tokens are a part; None: they are all of it. out: loss float32
+    [] (the labelled tokens' part of the mean over those of the batch), token losses float32 [T] (0 where unlabelled), d
+    loss / d hidden [T, H].
     """
     loss, token_losses, dhidden = out
     labelled, count = _mean_loss(state, labels, counted, loss, token_losses)
@@ -261,7 +261,9 @@ def head_mean(state: Tensor, labels: Tensor, counted: Tensor | None = None, *, o
 def _mean_loss(
     state: Tensor, labels: Tensor, counted: Tensor | None, loss: Tensor, token_losses: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill the losses; returns which tokens are labelled (bool [T]), and how many of the batch are, as a tensor, at least 1."""
+    """Fill the losses; returns which tokens are labelled (bool [T]), and how many of the batch are, as a tensor, at
+    least 1.
+    """
     labelled = labels.reshape(-1) >= 0
     count = (labelled if counted is None else counted >= 0).sum().clamp_(min=1)
     token_losses.copy_(torch.where(labelled, state[:, 0] + state[:, 1].log() - state[:, 2], 0.0))
@@ -270,10 +272,11 @@ def _mean_loss(
 
 
 def send(x: Tensor, direction: str, number: int, bits: int, *, out: Sequence[Tensor | None], stage: Any = None) -> None:
-    """Send x to a neighbour in a pipeline: tensor `number` of a micro-batch's message "up" or "down". out: a scalar that
-    stands for the loss where this member does not compute it, or nothing.
+    """Send x to a neighbour in a pipeline: tensor `number` of a micro-batch's message "up" or "down". out: a scalar
+    that stands for the loss where this member does not compute it, or nothing.
 
-    `stage` is a `tightfit.runtime.engine.fleet.stage.PipelineStage`; without one, while kernels are warmed, nothing is sent.
+    `stage` is a `tightfit.runtime.engine.fleet.stage.PipelineStage`; without one, while kernels are warmed, nothing is
+    sent.
     """
     for scalar in out:
         if scalar is not None:

@@ -1,10 +1,12 @@
-"""The losses of pairs of answers, of which one was chosen and the other rejected: DPO and ORPO, as functions of token losses.
+"""The losses of pairs of answers, of which one was chosen and the other rejected: DPO and ORPO, as functions of token
+losses.
 
-The answers of a batch, each behind its prompt, may lie in any of its rows, several in one: each place says which answer its label
-belongs to. Answer 2n is the chosen one of pair n, answer 2n + 1 the rejected one. Both losses depend on an answer through one number
-alone, its log-probability. So the gradient of a token's logits is that of its own
-negative log-likelihood, times a factor that all tokens of an answer share: `preference_loss` makes these factors, and a loss head
-that has folded all slices of the vocabulary needs no second pass over them (`tightfit.runtime.engine.cpu.operators.head_weighted`).
+The answers of a batch, each behind its prompt, may lie in any of its rows, several in one: each place says which answer
+its label belongs to. Answer 2n is the chosen one of pair n, answer 2n + 1 the rejected one. Both losses depend on an
+answer through one number alone, its log-probability. So the gradient of a token's logits is that of its own negative
+log-likelihood, times a factor that all tokens of an answer share: `preference_loss` makes these factors, and a loss
+head that has folded all slices of the vocabulary needs no second pass over them
+(`tightfit.runtime.engine.cpu.operators.head_weighted`).
 
 Shapes: R rows of S places, T = R * S, which is even and more than there are answers. Sums are made in float64.
 
@@ -29,10 +31,10 @@ def preference_loss(
 ) -> None:
     """The mean loss of a batch's pairs, and its derivative by each token's negative log-likelihood.
 
-    token_losses float32 [T], 0 where there is no label; labels int64 [R, S], below 0 for none. `known` float64 [1 or 2, R, S] has for
-    each place the number of the answer that its label belongs to, or -1, and for DPO below it the log-probability of that answer in the
-    reference model. With ORPO, whose likelihood is of prompts and chosen answers, labels of no answer are those of the prompts of chosen
-    ones. Pairs without a label in both answers are left out.
+    token_losses float32 [T], 0 where there is no label; labels int64 [R, S], below 0 for none. `known` float64 [1 or 2,
+    R, S] has for each place the number of the answer that its label belongs to, or -1, and for DPO below it the
+    log-probability of that answer in the reference model. With ORPO, whose likelihood is of prompts and chosen answers,
+    labels of no answer are those of the prompts of chosen ones. Pairs without a label in both answers are left out.
 
     out: loss float32 [], weights float32 [T].
     """
@@ -44,7 +46,8 @@ def preference_loss(
     margins, rise = _compared(sums, counts, references, loss, beta)
     terms = _terms(margins, loss, beta)
     mean_loss = torch.where(complete, terms, 0.0).sum() / pairs
-    # d loss / d log-probability is - sigmoid(-margin) * rise for the chosen answer and the opposite for the rejected one.
+    # d loss / d log-probability is - sigmoid(-margin) * rise for the chosen answer and the opposite for the rejected
+    # one.
     share = torch.where(complete, torch.sigmoid(margins.neg()), 0.0) / pairs
     factors = rise.view(-1, 2) * share[:, None]
     factors[:, 1].neg_()
@@ -59,8 +62,8 @@ def preference_loss(
 
 
 def _compared(sums: Tensor, counts: Tensor, references: Tensor, loss: str, beta: float) -> tuple[Tensor, Tensor]:
-    """(by what the chosen answers are ahead, as logits float64 [T / 2]; the absolute derivative of the loss of a pair by the
-    log-probability of each answer over sigmoid of minus these logits, float64 [T]).
+    """(by what the chosen answers are ahead, as logits float64 [T / 2]; the absolute derivative of the loss of a pair
+    by the log-probability of each answer over sigmoid of minus these logits, float64 [T]).
     """
     if loss == DPO:
         ahead, rise = rewards(sums, counts, references, loss, beta), torch.full_like(sums, beta)
@@ -84,8 +87,8 @@ def answers_of_places(labels: Tensor, known: Tensor) -> Tensor:
 
 
 def _answers(token_losses: Tensor, answers: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By the number of each answer its log-probability, float64 [T], the number of its tokens, int64 [T], and its log-probability in the
-    reference model, float64 [T]; all 0 where there is none.
+    """By the number of each answer its log-probability, float64 [T], the number of its tokens, int64 [T], and its
+    log-probability in the reference model, float64 [T]; all 0 where there is none.
     """
     places = answers.numel()
     sums = torch.zeros(places + 1, dtype=torch.float64).index_add_(0, answers, token_losses.double())
@@ -101,8 +104,8 @@ def _likely(labels: Tensor, answers: Tensor) -> Tensor:
 
 
 def rewards(sums: Tensor, counts: Tensor, references: Tensor, loss: str, beta: float) -> Tensor:
-    """What TRL calls the rewards of answers, float64 [T]: with DPO beta times by how much more likely an answer is than in
-    the reference model, with ORPO beta times its mean log-probability.
+    """What TRL calls the rewards of answers, float64 [T]: with DPO beta times by how much more likely an answer is than
+    in the reference model, with ORPO beta times its mean log-probability.
     """
     if loss == DPO:
         return (sums - references).mul_(beta)
@@ -114,9 +117,9 @@ def preference_scores(
 ) -> None:
     """What an evaluation counts up, of the arguments of `preference_loss`.
 
-    out: float64 [T] the log-probability of each answer; float64 [T / 2] each: the part of the loss that is a mean over pairs, and the
-    difference of the rewards (of the chosen answer less that of the rejected one); float64 [] each: the negative log-likelihood of the
-    labels of which ORPO's likelihood is the mean, and their number.
+    out: float64 [T] the log-probability of each answer; float64 [T / 2] each: the part of the loss that is a mean over
+    pairs, and the difference of the rewards (of the chosen answer less that of the rejected one); float64 [] each: the
+    negative log-likelihood of the labels of which ORPO's likelihood is the mean, and their number.
     """
     sums, terms, margins, unlikely, tokens = out
     answers = answers_of_places(labels, known)

@@ -40,8 +40,9 @@ def narrow(dtype: torch.dtype) -> bool:
 def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
     """out [M, N] = the sum of the terms (+ addend [M, N] or [N]).
 
-    If the product is made in the tensors' own type, an `addend` of that type requires `out` to be contiguous and of the type of
-    the first term's left side; to an addend of another type, which may be `out` itself, the rounded product is added.
+    If the product is made in the tensors' own type, an `addend` of that type requires `out` to be contiguous and of the
+    type of the first term's left side; to an addend of another type, which may be `out` itself, the rounded product is
+    added.
     """
     total = out if addend is None else addend
     if not (narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype)):
@@ -53,7 +54,9 @@ def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
 
 
 def _multiply_into_sum(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
-    """The product, made a block of rows at a time in the type of the first term's left side, where the sum has another type."""
+    """The product, made a block of rows at a time in the type of the first term's left side, where the sum has another
+    type.
+    """
     for rows in blocks(out.shape[0], SUMMED_ROWS):
         product = torch.empty(rows.stop - rows.start, out.shape[1], dtype=terms[0][0].dtype)
         _multiply_narrow(tuple((left[rows], right, scale) for left, right, scale in terms), product, None)
@@ -103,10 +106,10 @@ def onednn(dtype: torch.dtype) -> Iterator[None]:
     """While entered, oneDNN makes PyTorch's float32 products, if that is faster and as exact as `dtype` asks for.
 
     `dtype` is the type of the tensors that the float32 operands were converted from. oneDNN may then round operands to
-    bfloat16, which it does where that is faster: with AMX, not without. So for bfloat16 it is used wherever this processor
-    multiplies that, for float32 only without AMX, and where MKL leaves AVX-512 unused. (On Zen 5 errors are 1e-6, at twice the
-    speed of MKL; on Zen 4, which takes AVX-512 in two halves, products of transposed operands take a quarter less.) The
-    setting is global to the process, so only one thread may be in such a block at a time.
+    bfloat16, which it does where that is faster: with AMX, not without. So for bfloat16 it is used wherever this
+    processor multiplies that, for float32 only without AMX, and where MKL leaves AVX-512 unused. (On Zen 5 errors are
+    1e-6, at twice the speed of MKL; on Zen 4, which takes AVX-512 in two halves, products of transposed operands take a
+    quarter less.) The setting is global to the process, so only one thread may be in such a block at a time.
     """
     if not (NARROW if dtype is torch.bfloat16 else UNUSED_BY_MKL and dtype is torch.float32):
         yield

@@ -42,8 +42,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any]) 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn the half-split pairs of float32 [n, K, H / K, t, D] by the tables' angles [t, D / 2] or [n, 1, 1, t, D / 2], in
-    place.
+    """Turn the half-split pairs of float32 [n, K, H / K, t, D] by the tables' angles [t, D / 2] or [n, 1, 1, t, D / 2],
+    in place.
     """
     half = cos.shape[-1]
     step = max(1, TURNED_ELEMENTS // max(1, x[..., :1, :].numel()))
@@ -58,8 +58,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, heads: int, *, out: Sequence[Tensor]) -> None:
     """Turn every head of x [S, heads * D] by its token's angles. out: y [S, heads * D], which may be x itself.
 
-    cos, sin float32 [S, D / 2], a row for each token; with positions int64, S elements, whole tables [T, D / 2] of which
-    each token takes the row of its position. Computed in float32, and rounded once if y is narrower.
+    cos, sin float32 [S, D / 2], a row for each token; with positions int64, S elements, whole tables [T, D / 2] of
+    which each token takes the row of its position. Computed in float32, and rounded once if y is narrower.
     """
     _turn_rows(x, cos, sin, positions, heads, out[0], back=False)
 

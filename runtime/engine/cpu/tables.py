@@ -1,10 +1,10 @@
 """Kernels of an embedding and of a loss head that are trained in full, a slice of their rows at a time.
 
 A slice is float32 [V, H], rows start .. start + V of a table, with start = base + offset: `base` is an int64 scalar, so
-that the layers that hold slices of one size share a program. Every operator reads one slice, and each backward makes the
-gradient of one; none needs the table as a whole. Gradients are added up in the order of the tokens, so that they are the
-same to the bit whatever the threads. Matrix products are made in the type in which the model computes: a slice is rounded to
-it where it is used, into a scratch tensor that is an output, so that the plan places it.
+that the layers that hold slices of one size share a program. Every operator reads one slice, and each backward makes
+the gradient of one; none needs the table as a whole. Gradients are added up in the order of the tokens, so that they
+are the same to the bit whatever the threads. Matrix products are made in the type in which the model computes: a slice
+is rounded to it where it is used, into a scratch tensor that is an output, so that the plan places it.
 
 Shapes as in `tightfit.runtime.engine.cpu.operators`: T = batch * seq flat tokens, H = hidden size, V = rows of a slice.
 """
@@ -38,12 +38,13 @@ def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
     least = int(ids.min())
     if least < 0:
         raise InputError(
-            f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input is"
-            " padded with a token"
+            f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input"
+            " is padded with a token"
         )
     if vocabulary is not None and (most := int(ids.max())) >= vocabulary:
         raise InputError(
-            f"the input ids hold {most}, and the embedding has {vocabulary} rows; the data was tokenised for another model"
+            f"the input ids hold {most}, and the embedding has {vocabulary} rows; the data was tokenised for another"
+            " model"
         )
 
 
@@ -91,8 +92,8 @@ def table_rows_backward(
 ) -> None:
     """The gradient of a slice: the sum of scale * dy over the tokens of each row, in their order. out float32 [V, H].
 
-    dy [T, H]. The row of the token `padding` gets none, as with PyTorch's ``padding_idx``; -1: no row is left out. `rows` is
-    not read: the slice is there because its update follows.
+    dy [T, H]. The row of the token `padding` gets none, as with PyTorch's ``padding_idx``; -1: no row is left out.
+    `rows` is not read: the slice is there because its update follows.
     """
     (gradient,) = out
     gradient.zero_()
@@ -133,11 +134,12 @@ def table_head(
     """Fold one slice of a loss head into the log of the sum of exp(logit) over the slices, and find the labels' logits.
 
     lse, own float32 [T]: both over the slices before, -inf and 0 before the first. hidden float32 [T, H], values of
-    `dtype`; labels int64 [T] or [batch, seq], below 0 for none. With a `cap` above 0 a logit is cap * tanh(logit / cap). With
-    `rounded`, products are made in `dtype` if the processor does that.
+    `dtype`; labels int64 [T] or [batch, seq], below 0 for none. With a `cap` above 0 a logit is cap * tanh(logit /
+    cap). With `rounded`, products are made in `dtype` if the processor does that.
 
-    out: lse and own with this slice; and as scratch the slice in `dtype` [V, H], and logits of `head_scratch(T)` tokens in
-    `dtype` (one row unless `rounded`) and in float32. Nothing is rounded to float32: there the first scratch is one element.
+    out: lse and own with this slice; and as scratch the slice in `dtype` [V, H], and logits of `head_scratch(T)` tokens
+    in `dtype` (one row unless `rounded`) and in float32. Nothing is rounded to float32: there the first scratch is one
+    element.
     """
     new_lse, new_own, rounded_rows, short, wide = out
     weight = _rounded(rows, rounded_rows, dtype)
@@ -170,13 +172,13 @@ def table_head_backward(
     *,
     out: Sequence[Tensor],
 ) -> None:
-    """Gradients of `table_head`, whose logits are made again: of a logit, exp(logit - new_lse) * dlse, and `down` more for
-    the label's own.
+    """Gradients of `table_head`, whose logits are made again: of a logit, exp(logit - new_lse) * dlse, and `down` more
+    for the label's own.
 
     dlse, down float32 [T]: gradients of its results; lse: its argument, new_lse: its result; the rest as there.
 
-    out: gradients of lse and own float32 [T], of hidden float32 [T, H], of the slice float32 [V, H]; scratch as there, and
-    one more [`head_scratch(T)`, V] float32 for the slope of capped logits (one element without a cap).
+    out: gradients of lse and own float32 [T], of hidden float32 [T, H], of the slice float32 [V, H]; scratch as there,
+    and one more [`head_scratch(T)`, V] float32 for the slope of capped logits (one element without a cap).
     """
     old_dlse, old_down, dhidden, drows, rounded_rows, short, wide, slopes = out
     flat, start = labels.reshape(-1), int(base) + offset

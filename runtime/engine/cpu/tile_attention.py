@@ -1,9 +1,9 @@
 """Causal attention of one tile of a long row: its queries attend to the keys of this tile and of those before it.
 
-The keys and values of each tile are tensors of their own, which the plan places and moves one by one. A block of queries
-goes through the keys a piece at a time, always in the order of the row, with a running maximum and sum of softmax
-(Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention"). So the
-scratch depends neither on how many tiles there are nor on how long they are. As in
+The keys and values of each tile are tensors of their own, which the plan places and moves one by one. A block of
+queries goes through the keys a piece at a time, always in the order of the row, with a running maximum and sum of
+softmax (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention").
+So the scratch depends neither on how many tiles there are nor on how long they are. As in
 `tightfit.runtime.engine.cpu.attention`, arithmetic is in float32 and softmax is computed with powers of two.
 
 What a query does not see lies before the first key that it sees: of its sample, where several share the row, or of a
@@ -45,11 +45,11 @@ def tile_attention(
 ) -> None:
     """Attention of a tile's queries to the keys of all tiles so far, inside each sample.
 
-    q [S, H * D] and keys[j] [S_j, K * D] are rotated; values[j] like keys[j]. positions int64, S elements: of each query
-    in its sample, which begins where it is 0; None: the row is one sample. With a `window` above 0 a query sees that
-    many keys at most: its own and those just before it. out: y like q; float32 [H, S], the base-2 logarithms of the
-    softmax's sums, which the backward needs; and scratch of `tile_attention_scratch` elements, an output only so that
-    the plan places it.
+    q [S, H * D] and keys[j] [S_j, K * D] are rotated; values[j] like keys[j]. positions int64, S elements: of each
+    query in its sample, which begins where it is 0; None: the row is one sample. With a `window` above 0 a query sees
+    that many keys at most: its own and those just before it. out: y like q; float32 [H, S], the base-2 logarithms of
+    the softmax's sums, which the backward needs; and scratch of `tile_attention_scratch` elements, an output only so
+    that the plan places it.
     """
     y, lse, scratch = out
     tile = _Tile(scratch, q, keys, positions, heads, kv_heads, window)
@@ -80,9 +80,9 @@ def tile_attention_backward(
     """Gradients of `tile_attention`, added to what later tiles have contributed to those of the keys and values.
 
     dy and y are like q, lse is the second output. key_sums[j] and value_sums[j] float32 [S_j, K * D]: the sums so far;
-    None for the last tile of the row, whose backward is the first. out: dq like q; the new sums, float32, of all keys and
-    then of all values; and scratch of `tile_attention_scratch(..., backward=True)` elements. A new sum may have the place
-    of the old one.
+    None for the last tile of the row, whose backward is the first. out: dq like q; the new sums, float32, of all keys
+    and then of all values; and scratch of `tile_attention_scratch(..., backward=True)` elements. A new sum may have the
+    place of the old one.
     """
     dq, *sums, scratch = out
     for new, old in zip(sums, _known(key_sums, value_sums, len(sums)), strict=True):
@@ -267,7 +267,9 @@ class _Tile:
         return scores
 
     def add_product(self, sums: Sequence[Tensor], piece: _Piece, weights: Tensor, right: Tensor, factor: float) -> None:
-        """Add factor * weights.T @ right, of all query heads of a key head, to the piece's rows [S_j, K * D] of the sums."""
+        """Add factor * weights.T @ right, of all query heads of a key head, to the piece's rows [S_j, K * D] of the
+        sums.
+        """
         target = sums[piece.tile][piece.rows]
         for head in range(self.kv_heads):
             columns = slice(head * self.width, (head + 1) * self.width)

@@ -30,8 +30,9 @@ class Kernels:
     fused: Mapping[str, Callable[..., Any]]
     """fused operators by target, called as ``fused(*args, out=[...], **kwargs)``; unused outputs are None"""
     direct: Mapping[str, Callable[..., Any]]
-    """those of PyTorch's operators by target that have a better form here than the one that PyTorch's out variants give, called in
-    the same way; not used for operators that a profile marks as `copied`"""
+    """those of PyTorch's operators by target that have a better form here than the one that PyTorch's out variants
+    give, called in the same way; not used for operators that a profile marks as `copied`
+    """
     dispatch_key: str
     """PyTorch's dispatch key of its own kernels for the device"""
 
@@ -55,8 +56,8 @@ class Device(Protocol):
     """One arena on one device. Offsets and sizes are bytes; a tensor at an offset lies in the arena and is no copy. Its
     storage begins and ends with it, as that of a tensor outside of an arena.
 
-    A device may work later than it is asked. Its operators run in the order in which they were asked for; a copy runs beside them,
-    as soon as the mark that it is given is reached. Marks are the only order between the two.
+    A device may work later than it is asked. Its operators run in the order in which they were asked for; a copy runs
+    beside them, as soon as the mark that it is given is reached. Marks are the only order between the two.
     """
 
     size: int
@@ -77,8 +78,8 @@ class Device(Protocol):
         ...
 
     def host(self, offset: int, shape: Iterable[int], dtype: str) -> Tensor:
-        """A contiguous tensor in host memory that stands for the arena's bytes from `offset` on: source of `put`, target of
-        `get`.
+        """A contiguous tensor in host memory that stands for the arena's bytes from `offset` on: source of `put`,
+        target of `get`.
 
         Its contents are undefined until they are written. If the arena is in host memory, it is a view of the arena, so
         that nothing is copied. It stays valid as long as the device.
@@ -94,8 +95,8 @@ class Device(Protocol):
         ...
 
     def put(self, offset: int, host: Tensor, after: Mark) -> Mark:
-        """Copy the contiguous tensor `host`, which must not change meanwhile, to `offset` of the arena once `after` is reached;
-        returns the mark of its end. May be called in another thread than the one that asks for operators.
+        """Copy the contiguous tensor `host`, which must not change meanwhile, to `offset` of the arena once `after` is
+        reached; returns the mark of its end. May be called in another thread than the one that asks for operators.
         """
         ...
 

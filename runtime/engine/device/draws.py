@@ -27,6 +27,8 @@ class Draws:
         self.layer = ""
 
     def key(self, site: int) -> int:
-        """64 bits, as a signed integer, that belong to seed, step, layer and place in the layer. Not for evaluations."""
+        """64 bits, as a signed integer, that belong to seed, step, layer and place in the layer. Not for
+        evaluations.
+        """
         identity = f"{self.seed}:{self.step}:{self.layer}:{site}"
         return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little", signed=True)

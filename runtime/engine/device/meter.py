@@ -62,8 +62,8 @@ class Meter:
         others = self.budget_bytes - self.cap_bytes
         supervisor_share = f", of which {others / 2**20:.1f} are the supervisor's" if others else ""
         raise CapError(
-            f"the process holds {measured / 2**20:.1f} MiB and the cap is {self.budget_bytes / 2**20:.1f} MiB{supervisor_share}; "
-            "profile again on this machine (the floor may have changed) and plan anew"
+            f"the process holds {measured / 2**20:.1f} MiB and the cap is {self.budget_bytes / 2**20:.1f}"
+            f" MiB{supervisor_share}; profile again on this machine (the floor may have changed) and plan anew"
         )
 
     def watch(self, expected_seconds: float) -> None:

@@ -93,7 +93,8 @@ class SpillFile:
                     self.direct = _set_direct(self.descriptor, on=False)
                     continue
                 raise RunError(
-                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and {how_to_continue(self.directory)}"
+                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and"
+                    f" {how_to_continue(self.directory)}"
                 ) from error
             if moved == 0:
                 raise RunError(f"the spill file in {self.directory} ends early, at byte {offset + done} of {self.size}")
@@ -125,7 +126,10 @@ def _set_direct(descriptor: int, *, on: bool = True) -> bool:
 def _reserve(descriptor: int, directory: str, size: int) -> None:
     disk = os.fstatvfs(descriptor)
     free = disk.f_bavail * disk.f_frsize
-    message = f"the plan spills {size / 2**20:.1f} MiB and {directory} has {free / 2**20:.1f} MiB free; free disk space, or plan with more memory"
+    message = (
+        f"the plan spills {size / 2**20:.1f} MiB and {directory} has {free / 2**20:.1f} MiB free; free disk space, or"
+        " plan with more memory"
+    )
     if free < size:
         raise RunError(message)
     try:

@@ -201,12 +201,13 @@ class Exchange(JoinedRole):
         first = self.transport.members[0]
         if header["step"] != step:
             raise RunError(
-                f"{first!r} is at step {header['step']} and this member at {step}; start the fleet again with {spelled('resume', True)}"
+                f"{first!r} is at step {header['step']} and this member at {step}; start the fleet again with"
+                f" {spelled('resume', True)}"
             )
         if header["checksum"] != self._checksum:
             raise RunError(
-                f"the trained tensors differ between {first!r} and {self.transport.members[self.transport.rank]!r}: their"
-                " processors round differently; leave one of the two out of the fleet"
+                f"the trained tensors differ between {first!r} and {self.transport.members[self.transport.rank]!r}:"
+                " their processors round differently; leave one of the two out of the fleet"
             )
 
     def _forward(self, labels: float) -> None:
@@ -266,7 +267,9 @@ class Exchange(JoinedRole):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_chunks(self, row: int, tensor: int) -> Iterator[memoryview]:
-        """The bytes of a trained tensor's state: row 0 has Adam's first moments, row 1 the second ones, and any other zeros."""
+        """The bytes of a trained tensor's state: row 0 has Adam's first moments, row 1 the second ones, and any other
+        zeros.
+        """
         piece, begin, end = self.pieces.slot(tensor)
         buffer = self._buffers.take()
         whole = self.states.read(row, piece, buffer) if row < 2 else buffer.zero_()

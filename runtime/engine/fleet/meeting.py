@@ -1,8 +1,9 @@
-"""How the members of a fleet come together: one listens, the others dial it, and each proves that it has the fleet's key.
+"""How the members of a fleet come together: one listens, the others dial it, and each proves that it has the fleet's
+key.
 
 The key lies in the folder of the fleet's plan. Whoever dials is sent a challenge and answers with a keyed hash of it
-(HMAC-SHA256); the one that listens proves itself the same way. Until then at most `PROOF_BYTES` are read from anybody, and
-nothing of them is looked at. Once all have met, nobody listens any more. Two members share two connections: one for
+(HMAC-SHA256); the one that listens proves itself the same way. Until then at most `PROOF_BYTES` are read from anybody,
+and nothing of them is looked at. Once all have met, nobody listens any more. Two members share two connections: one for
 messages, one for signs of life.
 """
 
@@ -73,8 +74,8 @@ def listening(address: str, port: int, whose: str = "this member") -> socket.soc
     except OSError as error:
         if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
             raise InputError(
-                f"{address} is no address of this machine: {whose} listens there, so that it has to be one of its own, which the"
-                " others reach"
+                f"{address} is no address of this machine: {whose} listens there, so that it has to be one of its own,"
+                " which the others reach"
             ) from error
         raise InputError(
             f"{address}:{port}: nobody can listen there ({error.strerror}); end what does, or give another port"
@@ -111,8 +112,8 @@ class Meeting:
     def meet(self, address: str, port: int) -> dict[int, PeerConnections]:
         """Meet the others at `address`, where the hub listens.
 
-        Raises InputError for an address that cannot be, RunError where somebody does not come in time or has another key,
-        and where this process is asked to end meanwhile.
+        Raises InputError for an address that cannot be, RunError where somebody does not come in time or has another
+        key, and where this process is asked to end meanwhile.
         """
         try:
             if len(self.members) > 1:
@@ -169,7 +170,9 @@ class Meeting:
                 send_frame(links.sockets[CONTROL], frame)
 
     def _admit(self, awaited: Sequence[int]) -> None:
-        """Hear those that dial and let in who is awaited and proves to be a member; waits a moment where nobody does."""
+        """Hear those that dial and let in who is awaited and proves to be a member; waits a moment where nobody
+        does.
+        """
         assert self._listener
         ready, _, _ = select.select([self._listener, *self._unproven], [], [], LOOK_SECONDS)
         for one in ready:
@@ -288,8 +291,8 @@ class Meeting:
         told, proof = reply[NONCE_BYTES:-HASH_BYTES], reply[-HASH_BYTES:]
         if not hmac.compare_digest(proof, self._hash(b"listens", mine, theirs, told)):
             raise RunError(
-                f"member {name} at {here} has another key of the fleet than {self.members[self.rank]!r}: give all members the"
-                " same folder of the plan, its file fleet.key included"
+                f"member {name} at {here} has another key of the fleet than {self.members[self.rank]!r}: give all"
+                " members the same folder of the plan, its file fleet.key included"
             )
         if why := json.loads(told)["error"]:
             raise RunError(f"member {name} at {here} does not let {self.members[self.rank]!r} in: {why}")
@@ -328,8 +331,8 @@ class Meeting:
         return ", ".join(repr(self.members[rank]) for rank in ranks)
 
     def _look(self, what: str, absent: str) -> None:
-        """Say from time to time who is waited for, `absent`. Raises RunError once this takes too long, which is `what` this
-        member has done, or the process is asked to end.
+        """Say from time to time who is waited for, `absent`. Raises RunError once this takes too long, which is `what`
+        this member has done, or the process is asked to end.
         """
         now, mine = time.monotonic(), self.members[self.rank]
         if self.stopping():

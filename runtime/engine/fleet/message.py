@@ -1,7 +1,8 @@
 """The form in which the tensors of a micro-batch pass over a cut: one message, as they are or rounded to 8 or 4 bits.
 
-A message begins with `HEADER_BYTES` that nothing uses yet; then come the tensors, each at a multiple of `ALIGNMENT`. Rounded, a tensor is a float32 scale for every row (of its last
-dimension), then the whole numbers: 8 bits each, or 4 bits, two to a byte, the first in the low half.
+A message begins with `HEADER_BYTES` that nothing uses yet; then come the tensors, each at a multiple of `ALIGNMENT`.
+Rounded, a tensor is a float32 scale for every row (of its last dimension), then the whole numbers: 8 bits each, or 4
+bits, two to a byte, the first in the low half.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A device and a server that trains a side network for it: messages pass one way, the labels first, and no gradient comes back.
+"""A device and a server that trains a side network for it: messages pass one way, the labels first, and no gradient
+comes back.
 
 The device has the data and knows the results of evaluations, for which the server sends it the losses of tokens.
 """
@@ -57,8 +58,8 @@ class OneWayStage(PipelineStage):
 
 
 class ReceivedBatches:
-    """The batches of a server that trains a side network: the labels that a device sends. Of the tensors of a batch the first, tokens,
-    stays as it is: the device keeps them.
+    """The batches of a server that trains a side network: the labels that a device sends. Of the tensors of a batch the
+    first, tokens, stays as it is: the device keeps them.
     """
 
     fingerprint = ""

@@ -1,4 +1,6 @@
-"""What a run does in a fleet: training and its loop ask a role at every point where a fleet's members differ from a run by itself."""
+"""What a run does in a fleet: training and its loop ask a role at every point where a fleet's members differ from a run
+by itself.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +66,14 @@ class FleetRole:
         return fingerprint, held_out
 
     def agree(self, settings: Mapping[str, Any], held_out: str | None, out: str, *, resume: bool) -> None:
-        """Compare the settings with those of the other members, and with `resume` see to it that the newest checkpoint in
-        `out` is the one that all go on from. Raises InputError where settings differ or there is no such checkpoint.
+        """Compare the settings with those of the other members, and with `resume` see to it that the newest checkpoint
+        in `out` is the one that all go on from. Raises InputError where settings differ or there is no such checkpoint.
         """
 
     def watched(self, done: int, steps: int | None, accumulate: int) -> dict[int, str]:
-        """The steps after the first `done` whose timelines the report shows, and what it calls them. The second one is that of
-        step 3 after the start, the first one without the start's extra work; where several steps make an update, it is that of
-        the next step that ends one.
+        """The steps after the first `done` whose timelines the report shows, and what it calls them. The second one is
+        that of step 3 after the start, the first one without the start's extra work; where several steps make an
+        update, it is that of the next step that ends one.
         """
         later = -(-(done + 3) // accumulate) * accumulate
         return {done + 1: "first", min(steps or later, later): "later"}
@@ -79,7 +81,9 @@ class FleetRole:
     # --- in a step -------------------------------------------------------------------------------------------------
 
     def passes(self, step: int) -> Iterator[tuple[int, bool]]:
-        """What is due with `step`, in order: numbers of micro-batches, and whether each is trained or its forward alone runs."""
+        """What is due with `step`, in order: numbers of micro-batches, and whether each is trained or its forward alone
+        runs.
+        """
         yield step, True
 
     def send(self, tensor: Tensor, direction: Any, number: int) -> None:
@@ -94,8 +98,8 @@ class FleetRole:
         """Note the loss of the micro-batch that was taken last."""
 
     def finish(self, step: int, *, stop: bool) -> Exchanged | None:
-        """End a step of the fleet, after the last of this member's micro-batches; `step` are those of all members since the run
-        began, and `stop` says that this one was asked to end. None: there is nobody to tell.
+        """End a step of the fleet, after the last of this member's micro-batches; `step` are those of all members since
+        the run began, and `stop` says that this one was asked to end. None: there is nobody to tell.
         """
         return None
 

@@ -47,8 +47,8 @@ class Seat:
     def take(self, trained: Trained, stopping: Callable[[], bool], say: Callable[[str], None]) -> JoinedRole:
         """Meet the other members, and make room for what passes between them. `trained`: what this member trains.
 
-        Raises RunError where they do not meet, or `stopping` says so meanwhile, or the disk lacks the space; `say` is told who is
-        waited for.
+        Raises RunError where they do not meet, or `stopping` says so meanwhile, or the disk lacks the space; `say` is
+        told who is waited for.
         """
         transport = Transport(
             self.members,

@@ -1,13 +1,13 @@
 """A member of a pipeline: hands activations up and gradients down over the cuts to its neighbours.
 
-Each member computes a run of neighbouring layers for all micro-batches of a step. A **message** holds what passes over one
-cut for one micro-batch in one direction (`tightfit.runtime.engine.fleet.message`). Messages are received into a ring of
-buffers before they are asked for, and sent from a pair of buffers while the member computes on, as the transfers of the
-disk are.
+Each member computes a run of neighbouring layers for all micro-batches of a step. A **message** holds what passes over
+one cut for one micro-batch in one direction (`tightfit.runtime.engine.fleet.message`). Messages are received into a
+ring of buffers before they are asked for, and sent from a pair of buffers while the member computes on, as the
+transfers of the disk are.
 
-A member that runs ahead takes the forward of `ahead` micro-batches before it trains the first of them, so that the members
-above have work while it waits. For a micro-batch taken ahead, training runs the forward again from the received message,
-which is kept until then, and sends nothing up.
+A member that runs ahead takes the forward of `ahead` micro-batches before it trains the first of them, so that the
+members above have work while it waits. For a micro-batch taken ahead, training runs the forward again from the received
+message, which is kept until then, and sends nothing up.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class StagePart:
 
     @property
     def one_way(self) -> bool:
-        """Whether no gradient comes back: the first member is a device with the data, the last one a server that trains a
-        side network from what it sends, the labels first.
+        """Whether no gradient comes back: the first member is a device with the data, the last one a server that trains
+        a side network from what it sends, the labels first.
         """
         return not any(side and side.down for side in (self.below, self.above))
 
@@ -160,7 +160,9 @@ def _buffers(size: int, count: int) -> list[Tensor]:
 
 
 class PipelineStage(JoinedRole):
-    """A member's place in the pipeline. The operators `tightfit.send` and `tightfit.receive` call `send` and `receive`."""
+    """A member's place in the pipeline. The operators `tightfit.send` and `tightfit.receive` call `send` and
+    `receive`.
+    """
 
     apart = True
 

@@ -1,11 +1,13 @@
 """Messages between the training processes of a fleet, over the connections that they made when they met.
 
-Messages to a peer, and from it, pass in order, each with its tag and its length; what comes has to be what is waited for.
-Threads send and receive them while the process computes. Beside the messages every member tells the others that it lives
-and whom it waits for, and says so when it ends or finds another one gone. So whoever waits in vain knows who is at fault: not
-the neighbour that waits itself, but the member at the end of the chain of those that wait, or the network between.
+Messages to a peer, and from it, pass in order, each with its tag and its length; what comes has to be what is waited
+for. Threads send and receive them while the process computes. Beside the messages every member tells the others that it
+lives and whom it waits for, and says so when it ends or finds another one gone. So whoever waits in vain knows who is
+at fault: not the neighbour that waits itself, but the member at the end of the chain of those that wait, or the network
+between.
 
-Members prove to each other that they have the fleet's key (`tightfit.runtime.engine.fleet.meeting`). Messages are not encrypted.
+Members prove to each other that they have the fleet's key (`tightfit.runtime.engine.fleet.meeting`). Messages are not
+encrypted.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ CHUNK = 1 << 20
 JSON_BYTES = 1 << 24
 """of what JSON holds in a message, at most"""
 ENDING_SECONDS, ENDING_SHARE = 30.0, 0.1
-"""that a member which is asked to end still waits for the others to end the step with it: seconds, and of the fleet's timeout"""
+"""that a member which is asked to end still waits for the others to end the step with it: seconds, and of the fleet's
+timeout
+"""
 FRAME = struct.Struct("<IQ")
 """before each message: its tag, and its bytes"""
 MESSAGE, HEADER = 0, 1
@@ -56,7 +60,9 @@ class Pending:
     """A message under way. `wait` returns once it has been received, or sent."""
 
     def __init__(self, transport: Transport, peer: int, tag: int, room: Any, size: int | None, held: Any) -> None:
-        """`room`: the bytes to send, or to fill, `size` of them; None: as many as come. `held`: what has to outlive them."""
+        """`room`: the bytes to send, or to fill, `size` of them; None: as many as come. `held`: what has to outlive
+        them.
+        """
         self._transport, self.peer, self.tag, self.room, self.size = transport, peer, tag, room, size
         self._held = held
         self.done = threading.Event()
@@ -133,8 +139,8 @@ class _Peer:
         fits = size <= JSON_BYTES if pending.size is None else size == pending.size
         if tag != pending.tag or not fits:
             raise RunError(
-                f"member {self.name!r} has sent {size} bytes of kind {tag} where {pending.size} of kind {pending.tag} are due:"
-                " the members are out of step; start all with the same tightfit"
+                f"member {self.name!r} has sent {size} bytes of kind {tag} where {pending.size} of kind {pending.tag}"
+                " are due: the members are out of step; start all with the same tightfit"
             )
         if pending.room is None:
             pending.room = bytearray(size)
@@ -168,9 +174,9 @@ class Transport:
     ) -> None:
         """Meet the other members at `address`, where the member `listens` does.
 
-        `key` and `plan` have to be the same for all. `timeout` is in seconds: how long to wait for the others to appear, and
-        later for a sign of life and for a message to get on. Raises RunError where they do not meet, and where `stopping` says
-        so while it waits; `say` is told who is waited for.
+        `key` and `plan` have to be the same for all. `timeout` is in seconds: how long to wait for the others to
+        appear, and later for a sign of life and for a message to get on. Raises RunError where they do not meet, and
+        where `stopping` says so while it waits; `say` is told who is waited for.
         """
         self.members, self.rank, self.plan, self.timeout, self._stopping = members, rank, plan, timeout, stopping
         self._beat = min(BEAT_SECONDS, timeout / 5)
@@ -239,11 +245,11 @@ class Transport:
             self._waits.remove(pending.peer)
 
     def _judge(self, awaited: int, waited: float) -> None:
-        """Find out whether a member is gone: one that has closed its connections, or of which nothing has come for too long;
-        or which nobody hears anything of but signs of life.
+        """Find out whether a member is gone: one that has closed its connections, or of which nothing has come for too
+        long; or which nobody hears anything of but signs of life.
 
-        Whether the awaited one has closed its connections is left to the thread that moves the message: what it sent before it
-        ended may not all have been read.
+        Whether the awaited one has closed its connections is left to the thread that moves the message: what it sent
+        before it ended may not all have been read.
         """
         now = time.monotonic()
         for rank, peer in self._peers.items():
@@ -269,7 +275,10 @@ class Transport:
         quiet = peer.quiet if peer.ended else time.monotonic() - peer.heard
         told = "has ended without a word"
         if quiet > max(1.0, 3 * self._beat):
-            told += f", after {quiet:.0f} s in which nothing came from it: it stood still, or the network between them is cut"
+            told += (
+                f", after {quiet:.0f} s in which nothing came from it: it stood still, or the network between them"
+                " is cut"
+            )
         return told
 
     def _silence(self, silent: Sequence[int]) -> str:
@@ -280,8 +289,8 @@ class Transport:
                 f" {self.members[self.rank]!r}, this one, that is cut off"
             )
         return (
-            f"is out of reach of {self.members[self.rank]!r}: nothing has come for {self.timeout:.0f} s; it stands still, or the"
-            " network between them is cut"
+            f"is out of reach of {self.members[self.rank]!r}: nothing has come for {self.timeout:.0f} s; it stands"
+            " still, or the network between them is cut"
         )
 
     def _last_in_chain(self, peer: int) -> int:
@@ -324,8 +333,8 @@ class Transport:
                     send_frame(peer.control, frame)
 
     def _live(self) -> None:
-        """Give signs of life and hear those of the others, until all others have ended; what they sent before can still be
-        received, until this member hangs up.
+        """Give signs of life and hear those of the others, until all others have ended; what they sent before can still
+        be received, until this member hangs up.
         """
         beat = 0.0
         while living := {peer.control: peer for peer in self._peers.values() if not peer.ended}:
@@ -386,8 +395,8 @@ def read_key(path: str) -> bytes:
             key = bytes.fromhex(file.read(256))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: no key of the fleet ({error}); it lies in the folder of the fleet's plan: give every member all of it, or"
-            " make it again with `tightfit fleet plan`"
+            f"{path}: no key of the fleet ({error}); it lies in the folder of the fleet's plan: give every member all"
+            " of it, or make it again with `tightfit fleet plan`"
         ) from error
     if len(key) < 32:
         raise InputError(

@@ -1,9 +1,11 @@
-"""A decoder with a cache: the programs of its steps, traced once for a single token and once for a group, run operator by operator.
+"""A decoder with a cache: the programs of its steps, traced once for a single token and once for a group, run operator
+by operator.
 
-Activations are float32. Tokens go through each layer in passes; within a pass each operator runs on groups of up to `GROUP`
-tokens from the first new one on, whatever the number of a pass's tokens. Matrix products are made for all groups together, a block
-of a matrix at a time; attention goes to the cache. The last group of a pass may have fewer tokens than its program: operators then
-compute rows that nobody reads, and matrix products, attention and embeddings leave them out.
+Activations are float32. Tokens go through each layer in passes; within a pass each operator runs on groups of up to
+`GROUP` tokens from the first new one on, whatever the number of a pass's tokens. Matrix products are made for all
+groups together, a block of a matrix at a time; attention goes to the cache. The last group of a pass may have fewer
+tokens than its program: operators then compute rows that nobody reads, and matrix products, attention and embeddings
+leave them out.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ DIRECT = {
     "aten.add.Tensor": lambda one, other, *, out: torch.add(one, other, out=out[0]),
     "aten.mul.Tensor": lambda one, other, *, out: torch.mul(one, other, out=out[0]),
 }
-"""operators whose out variants are known to write their output alone; that PyTorch looks for them maps a MiB of its code"""
+"""operators whose out variants are known to write their output alone; that PyTorch looks for them maps a MiB of its
+code
+"""
 VIEWS = 256
 """tensors of a pass that are at hand for its next layer, at most: a quarter of a MiB of them"""
 
@@ -117,8 +121,9 @@ class CachedDecoder:
         self._meet_longest()
 
     def _meet_longest(self) -> None:
-        """Let a group of tokens attend to a whole cache, and to half of it, and so on: matrix products keep the buffers in which they
-        arrange their operands, and those of a cache that grows group by group would leave holes in the heap.
+        """Let a group of tokens attend to a whole cache, and to half of it, and so on: matrix products keep the buffers
+        in which they arrange their operands, and those of a cache that grows group by group would leave holes in the
+        heap.
         """
         layers = zip(self.job.seen, (cache.places for cache in self.caches), strict=True)
         seen, (keys, values) = max(layers, key=lambda layer: (layer[1][0].shape[1], layer[0].heads * layer[0].width))
@@ -131,8 +136,8 @@ class CachedDecoder:
             count //= 2
 
     def return_to(self, position: int) -> int:
-        """Forget the tokens from `position` on, or all if some before it are not in every cache any more; returns how many
-        are left.
+        """Forget the tokens from `position` on, or all if some before it are not in every cache any more; returns how
+        many are left.
         """
         kept = position if all(layer.can_return_to(position) for layer in self.caches) else 0
         for layer in self.caches:
@@ -247,7 +252,9 @@ class CachedDecoder:
         return CompiledProgram(values, program["own"], operators)
 
     def _embed(self, table: str, ids: Tensor, scale: float, out: Tensor) -> None:
-        """Rows of a table, times `scale`: rows of the head, if both are one and it is in memory, else read from disk."""
+        """Rows of a table, times `scale`: rows of the head, if both are one and it is in memory, else read from
+        disk.
+        """
         if all(self.products.row(table, token, out[place]) for place, token in enumerate(ids.tolist())):
             if scale != 1.0:
                 out.mul_(scale)

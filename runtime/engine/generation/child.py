@@ -3,9 +3,9 @@
     python -m tightfit.runtime.engine.generation.child JOB --messages FD --requests FD
 
 It reads requests, one JSON object per line, and sends messages in the same form. A request has `ids` (the tokens of the
-prompt), `max_tokens`, `ends` (tokens that end an answer), `sampling` (the fields of a `Sampling`) and `number` (by which the
-answers of one seed differ). With `keep` the tokens that the request shares with the cache from the start on are not computed
-again. SIGINT ends the present answer, SIGTERM the process.
+prompt), `max_tokens`, `ends` (tokens that end an answer), `sampling` (the fields of a `Sampling`) and `number` (by
+which the answers of one seed differ). With `keep` the tokens that the request shares with the cache from the start on
+are not computed again. SIGINT ends the present answer, SIGTERM the process.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def _read(reader: SafetensorsReader | None, key: str, out: Tensor) -> None:
     kind, shape = reader.described(key)
     if kind not in FLOATS or shape != tuple(out.shape):
         raise InputError(
-            f"{reader.path}: {key} is {kind} {list(shape)} and the model wants floats of {list(out.shape)}; give an adapter of"
-            " this model"
+            f"{reader.path}: {key} is {kind} {list(shape)} and the model wants floats of {list(out.shape)}; give an"
+            " adapter of this model"
         )
     flat, done = out.view(-1), 0
     for chunk in reader.chunks(key):

@@ -1,7 +1,7 @@
 """Where the values of a layer's program lie while a pass goes through the layer.
 
-A value of a group of tokens is followed by that of the next group, so that the rows of all groups are one matrix, whose storage is then
-longer than the value's own.
+A value of a group of tokens is followed by that of the next group, so that the rows of all groups are one matrix, whose
+storage is then longer than the value's own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The job of a process that generates: which weights it holds, reads and unpacks, where its tensors lie, and its cap."""
+"""The job of a process that generates: which weights it holds, reads and unpacks, where its tensors lie, and its
+cap.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ class GenerationJob:
     pieces: tuple[Piece, ...]
     """of all matrices, in the order in which a pass needs them; those of the head are last"""
     places: dict[str, tuple[int, tuple[int, ...], str]]
-    """offset, shape and dtype of every other tensor, by name: those of the store and of the adapter under their names there"""
+    """offset, shape and dtype of every other tensor, by name: those of the store and of the adapter under their names
+    there
+    """
     staging: tuple[int, int]
     """offset, and bytes of the room of one streamed piece, of which there are `DEPTH`"""
     arena_bytes: int

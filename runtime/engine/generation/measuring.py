@@ -3,8 +3,9 @@
 It imports nothing that answering does not, since that would count as memory which answers need.
 
 The process answers, for a while, with a plan that streams every matrix: the memory is what remains of its peak without
-the arena. Then it answers with matrices that stand in for others of their shape and lie in memory, more of them than a cache holds,
-so that nothing is read meanwhile: the seconds of unpacking, products and all else are those of these passes.
+the arena. Then it answers with matrices that stand in for others of their shape and lie in memory, more of them than a
+cache holds, so that nothing is read meanwhile: the seconds of unpacking, products and all else are those of these
+passes.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ PRESSED_BYTES = 8 << 20
 def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
     """Figures of the decoder's process, which has answered nothing yet; `start_bytes` was its peak when it had started.
 
-    `base_bytes`: resident beside the arena at most, by the number of keys that attention has seen: the buffers in which matrix
-    products arrange their operands grow with that. `rates`: seconds per element of a matrix, by the keys of `Products`, and
-    for one row and a group of rows of activations also by `unpacked_key`. `token_seconds`, `group_seconds`: of all else in
-    a pass of one token, and in that of a group. `key_seconds`: what a key in the cache adds to a token, in all layers.
-    `read_seconds_per_byte`: of the disk; `read_core_seconds_per_byte`: of a core meanwhile.
+    `base_bytes`: resident beside the arena at most, by the number of keys that attention has seen: the buffers in which
+    matrix products arrange their operands grow with that. `rates`: seconds per element of a matrix, by the keys of
+    `Products`, and for one row and a group of rows of activations also by `unpacked_key`. `token_seconds`,
+    `group_seconds`: of all else in a pass of one token, and in that of a group. `key_seconds`: what a key in the cache
+    adds to a token, in all layers. `read_seconds_per_byte`: of the disk; `read_core_seconds_per_byte`: of a core
+    meanwhile.
     """
     every = decoder.device.raw(0, decoder.device.size)[::4096]
     every.copy_(every.clone())
@@ -87,7 +89,9 @@ def measure(decoder: CachedDecoder, start_bytes: int) -> dict[str, Any]:
 
 
 class StandIns:
-    """In the place of a decoder's stream: pieces that stand in for those of each pass and lie in memory, so that nothing is read."""
+    """In the place of a decoder's stream: pieces that stand in for those of each pass and lie in memory, so that
+    nothing is read.
+    """
 
     def __init__(self, decoder: CachedDecoder, room: torch.Tensor) -> None:
         """All pieces of the decoder are streamed; `room` are bytes for those that stand in."""
@@ -114,8 +118,8 @@ def _is_small(decoder: CachedDecoder) -> bool:
 
 
 def _stand_ins(decoder: CachedDecoder, room: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By the name of every piece the bytes of one of its format and shape, all of which lie in `room`, as many as fit and each shape
-    at least once.
+    """By the name of every piece the bytes of one of its format and shape, all of which lie in `room`, as many as fit
+    and each shape at least once.
     """
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for piece in decoder.job.pieces:
@@ -137,8 +141,8 @@ def _stand_ins(decoder: CachedDecoder, room: torch.Tensor) -> dict[str, torch.Te
 
 
 def _answer(decoder: CachedDecoder, tokens: int) -> list[tuple[dict[str, list[float]], float]]:
-    """What the passes of an answer of so many tokens spent, and their seconds: of the first group of the prompt and of each token. A
-    small model is warmed up with the prompt before.
+    """What the passes of an answer of so many tokens spent, and their seconds: of the first group of the prompt and of
+    each token. A small model is warmed up with the prompt before.
     """
     vocabulary = decoder.job.vocab
     ids = [token % vocabulary for token in range(GROUP + TAIL)]
@@ -221,7 +225,9 @@ def _key_seconds_of(decoder: CachedDecoder, heads: int, kv_heads: int, width: in
 
 
 def _read_rates(decoder: CachedDecoder) -> tuple[float, float]:
-    """Seconds per byte of reading pieces one after the other, and those of a core: the medians of the pieces that were read."""
+    """Seconds per byte of reading pieces one after the other, and those of a core: the medians of the pieces that were
+    read.
+    """
     store, device = decoder.store, decoder.device
     at, _ = decoder.job.staging
     rates: list[float] = []

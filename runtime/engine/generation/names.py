@@ -25,7 +25,9 @@ def unpack_key(kind: str, group: int, columns: int) -> str:
 
 
 def multiply_key(rows: int, columns: int) -> str:
-    """Key of multiplying `rows` rows of activations with a matrix of so many columns, a block right after it was unpacked."""
+    """Key of multiplying `rows` rows of activations with a matrix of so many columns, a block right after it was
+    unpacked.
+    """
     return f"multiply {rows} {columns}"
 
 

@@ -1,7 +1,7 @@
 """Matrix products of a few rows with the weights, a block of a matrix at a time, wherever its bytes are.
 
-A block is unpacked into a buffer that stays in cache and multiplied there; a matrix that stays unpacked is multiplied in
-the same blocks. Rows of x are multiplied in the same groups however many there are. So a product has the same bits
+A block is unpacked into a buffer that stays in cache and multiplied there; a matrix that stays unpacked is multiplied
+in the same blocks. Rows of x are multiplied in the same groups however many there are. So a product has the same bits
 whatever stays in memory and however many tokens a pass takes.
 """
 
@@ -122,8 +122,8 @@ class Products:
     def multiply(self, matrix: str, x: Tensor, groups: Sequence[slice], bias: Tensor | None, out: Tensor) -> None:
         """out [t, O] = x [t, I] @ W.T with the adapter's part and the bias; rows are multiplied in `groups`.
 
-        A row by itself is multiplied with the packed rows where there is compiled code for their format. Plans keep no such
-        matrix unpacked, since the sums would be made in another order.
+        A row by itself is multiplied with the packed rows where there is compiled code for their format. Plans keep no
+        such matrix unpacked, since the sums would be made in another order.
         """
         alone = [rows for rows in groups if rows.stop - rows.start == 1]
         several = [rows for rows in groups if rows.stop - rows.start > 1] if alone else groups
@@ -184,7 +184,9 @@ class Products:
             self.stream.release()
 
     def _blocks(self, part: PreparedPiece, packed: Tensor | None) -> Iterable[tuple[int, Tensor]]:
-        """(row of the matrix, float32 [rows, columns]) of each block of a part, which is valid until the next one is asked for."""
+        """(row of the matrix, float32 [rows, columns]) of each block of a part, which is valid until the next one is
+        asked for.
+        """
         entry, first = part.entry, part.rows.start
         for rows in blocks(part.rows.stop - first, self.rows_of_block(entry.columns)):
             if packed is None:

@@ -25,8 +25,8 @@ class Sampler:
     def probabilities(self, logits: Tensor) -> Tensor:
         """The probability of every token, float32 [V]; `logits` are overwritten.
 
-        Sources: Fan et al. 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious Case of
-        Neural Text Degeneration" (top-p).
+        Sources: Fan et al. 2018, "Hierarchical Neural Story Generation" (top-k); Holtzman et al. 2020, "The Curious
+        Case of Neural Text Degeneration" (top-p).
         """
         logits.div_(self.sampling.temperature)
         top_k, top_p = self.sampling.top_k, self.sampling.top_p

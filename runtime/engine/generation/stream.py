@@ -14,8 +14,8 @@ from tightfit.runtime.engine.weights.store import WeightStore
 
 
 class StreamedPieces(Protocol):
-    """What gives a decoder the pieces that are not in its arena: `begin` is called before a pass, then `take` and `release` for each of
-    the pass's pieces in order.
+    """What gives a decoder the pieces that are not in its arena: `begin` is called before a pass, then `take` and
+    `release` for each of the pass's pieces in order.
     """
 
     def begin(self, *, with_head: bool) -> None: ...

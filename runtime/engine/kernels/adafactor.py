@@ -1,10 +1,10 @@
-"""Adafactor's update of one trainable, in place: Shazeer and Stern 2018, "Adafactor: adaptive learning rates with sublinear
-memory cost", as `torch.optim.Adafactor` makes it.
+"""Adafactor's update of one trainable, in place: Shazeer and Stern 2018, "Adafactor: adaptive learning rates with
+sublinear memory cost", as `torch.optim.Adafactor` makes it.
 
 It needs sums over the whole tensor: means of squared gradients over rows and over columns, and root mean squares of the
-parameter and of the step. So it goes over the tensor several times, a window at a time, and has room for a window beside it.
-The windows follow from the tensor's shape alone, and one thread adds each of them up, so that neither the plan nor the number
-of threads changes a bit.
+parameter and of the step. So it goes over the tensor several times, a window at a time, and has room for a window
+beside it. The windows follow from the tensor's shape alone, and one thread adds each of them up, so that neither the
+plan nor the number of threads changes a bit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 COLUMNS = 1 << 12
 """columns of a window that holds part of a matrix, at most"""
 WINDOW = 7 * COLUMNS
-"""elements of a window, at most; where it holds whole matrices, with their sums over rows and columns. From 32768 on PyTorch
-shares an operation among threads.
+"""elements of a window, at most; where it holds whole matrices, with their sums over rows and columns. From 32768 on
+PyTorch shares an operation among threads.
 """
 
 Shape = tuple[int, int, int]
@@ -44,9 +44,9 @@ class AdafactorUpdate:
     ) -> None:
         """Make update `number` of a parameter, counted from 1, at the learning rate `rate`.
 
-        All tensors are float32 and contiguous; all but `gradient` change in place. The state, the variance, is flat. For a parameter of one
-        dimension or none it is the mean of each element's squared gradient; for one of matrices [..., rows, columns] it is
-        the means over each row of every matrix, and then those over each column.
+        All tensors are float32 and contiguous; all but `gradient` change in place. The state, the variance, is flat.
+        For a parameter of one dimension or none it is the mean of each element's squared gradient; for one of matrices
+        [..., rows, columns] it is the means over each row of every matrix, and then those over each column.
         """
         (variance,) = states
         if not parameter.numel():
@@ -70,8 +70,8 @@ class AdafactorUpdate:
             values[m, r, c].add_(direction, alpha=-step / clipped)
 
     def _average(self, slopes: Tensor, over_rows: Tensor, over_columns: Tensor, share: float) -> None:
-        """Take the share `share` of the means of squared gradients [matrices, rows, columns] over rows and over columns from
-        these gradients.
+        """Take the share `share` of the means of squared gradients [matrices, rows, columns] over rows and over columns
+        from these gradients.
         """
         _, height, width = slopes.shape
         over_rows.mul_(1 - share)
@@ -90,8 +90,8 @@ class AdafactorUpdate:
                 means[m, r, c].lerp_(self._squares(slopes[m, r, c]), share)
 
     def _factored(self, slopes: Tensor, variance: Tensor, eps: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-        """Yield the step's direction a window at a time: gradients over the roots of the products of the means of their rows and
-        columns. Each window overwrites the one before it.
+        """Yield the step's direction a window at a time: gradients over the roots of the products of the means of their
+        rows and columns. Each window overwrites the one before it.
         """
         over_rows, over_columns = _means(variance, slopes.shape)
         for m, c, rows in _blocks(slopes.shape):
@@ -135,8 +135,8 @@ def _means(variance: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[Block]:
-    """The windows of matrices: several whole matrices, or rows of one matrix or of some of its columns, from the first row to
-    the last.
+    """The windows of matrices: several whole matrices, or rows of one matrix or of some of its columns, from the first
+    row to the last.
     """
     count, rows, columns = shape
     together = WINDOW // (rows * columns + rows + columns)

@@ -1,10 +1,10 @@
 """Compiles the operators of a program into calls with slots for their tensors.
 
-A tensor argument is a strided view of a storage. An aten operator writes straight into its output's storage if the device has
-a form of it that does (`Kernels.direct`), or if it has an out variant with a kernel of the device's own, and if that kernel
-writes nowhere else; `tightfit.profiles.measuring.guard` tests that, and the profile marks operators that fail (`copied`).
-Otherwise the result is copied into the output, and the transient result counts as workspace: the profile times and measures
-operators through this very module.
+A tensor argument is a strided view of a storage. An aten operator writes straight into its output's storage if the
+device has a form of it that does (`Kernels.direct`), or if it has an out variant with a kernel of the device's own, and
+if that kernel writes nowhere else; `tightfit.profiles.measuring.guard` tests that, and the profile marks operators that
+fail (`copied`). Otherwise the result is copied into the output, and the transient result counts as workspace: the
+profile times and measures operators through this very module.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def _native(qualified: str, overload: str) -> Callable[..., Any]:
     overloads = torch._C._get_operation_overload(qualified, overload)
     if overloads is None:
         raise ValueError(
-            f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}"
+            f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch"
+            f" {torch.__version__}"
         )
     return overloads[0]
 
@@ -159,7 +160,8 @@ def _out_variant(qualified: str, overload: str, dispatch_key: str) -> tuple[Call
     functional = next((s for s in schemas if s.overload_name == overload), None)
     if functional is None:
         raise ValueError(
-            f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}"
+            f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch"
+            f" {torch.__version__}"
         )
     arguments = [(a.name, str(a.type)) for a in functional.arguments]
     for schema in schemas:

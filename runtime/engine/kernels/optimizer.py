@@ -24,8 +24,8 @@ FACTORED = "adafactor_v"
 
 
 def state_shape(state: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of an optimizer's state `state` of a trainable of shape `shape`: the same, or for Adafactor's one flat tensor
-    of a mean for each row and each column of every matrix; of vectors, for each element.
+    """The shape of an optimizer's state `state` of a trainable of shape `shape`: the same, or for Adafactor's one flat
+    tensor of a mean for each row and each column of every matrix; of vectors, for each element.
     """
     if state != FACTORED:
         return tuple(shape)
@@ -70,8 +70,8 @@ class Arithmetic(Protocol):
     def make(
         self, settings: Any, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
     ) -> None:
-        """Make update `number` of a parameter, counted from 1, in place. All tensors are float32 and contiguous; `gradient` stays
-        as it is, and `states` are the optimizer's own.
+        """Make update `number` of a parameter, counted from 1, in place. All tensors are float32 and contiguous;
+        `gradient` stays as it is, and `states` are the optimizer's own.
         """
         ...
 
@@ -116,7 +116,9 @@ class FusedSGD:
 
 
 class SignSteps:
-    """Lion: steps by the sign of momentum and gradient mixed, a piece at a time, for which there is room beside them."""
+    """Lion: steps by the sign of momentum and gradient mixed, a piece at a time, for which there is room beside
+    them.
+    """
 
     def make(
         self, settings: Lion, rate: float, number: int, parameter: Tensor, gradient: Tensor, *states: Tensor
@@ -262,8 +264,8 @@ class GradientUpdate:
         """Apply gradient number `count` of a parameter, counted from 1.
 
         All tensors are float32 and contiguous; all but `gradient` change in place. `states` are of the shapes that
-        `state_shape` says: the optimizer's own and, where several steps make an update, the weighted sum of the gradients so far: the parameter
-        changes only in the last of those steps.
+        `state_shape` says: the optimizer's own and, where several steps make an update, the weighted sum of the
+        gradients so far: the parameter changes only in the last of those steps.
         """
         if self.accumulate == 1:
             self.make(count, parameter, gradient, *states)
@@ -327,7 +329,8 @@ class ClippedUpdate(GradientUpdate):
             self._squares.append(self._squared(total))
 
     def norm(self) -> float:
-        """The norm of all gradients of an update, their means where several steps make one; call it after the last step.
+        """The norm of all gradients of an update, their means where several steps make one; call it after the last
+        step.
 
         Squares are added up exactly, so that the result does not depend on the order in which gradients were complete.
         """
@@ -338,7 +341,9 @@ class ClippedUpdate(GradientUpdate):
         return norm
 
     def apply_sum(self, count: int, parameter: Tensor, *states: Tensor) -> None:
-        """Update a parameter from its sum, the last of its states, which this overwrites; `count` as in `GradientUpdate.apply`."""
+        """Update a parameter from its sum, the last of its states, which this overwrites; `count` as in
+        `GradientUpdate.apply`.
+        """
         *own_states, total = states
         if self.accumulate > 1:
             total.div_(max(1.0, self.summed))

@@ -33,8 +33,9 @@ REFERENCES = ("_ZN4c10d15get_gil_checkerEv",)
 """Functions that are called while PyTorch's libraries load and return a reference to a variable (the only one, 2.9 to
 2.14)."""
 CONSTRUCTORS = ("_ZN4c10d16ProcessGroupNCCL7OptionsC1Eb",)
-"""Constructors that are called while PyTorch's C bindings for exchanges between processes are made: the options of NCCL,
-which nobody looks at."""
+"""Constructors that are called while PyTorch's C bindings for exchanges between processes are made: the options of
+NCCL, which nobody looks at.
+"""
 LIBRARY = "libtorch_python.so"
 """The PyTorch library that depends on all the others."""
 JUDGED_SECONDS = 120
@@ -101,7 +102,8 @@ def _key(libraries: Path) -> str:
 
 
 def _build(libraries: Path, destination: Path) -> None:
-    """Make the folder `destination` with the stubs, or empty if a fresh process cannot load PyTorch's libraries with them.
+    """Make the folder `destination` with the stubs, or empty if a fresh process cannot load PyTorch's libraries with
+    them.
 
     Raises OSError, ValueError and SubprocessError.
     """

@@ -107,9 +107,9 @@ def stub_library(
     """The bytes of an x86-64 shared object named `soname` that loads the libraries `needed` and defines `symbols`.
 
     A C++ typeinfo (``_ZTI...``) becomes the typeinfo of a class without bases. A symbol of `references` becomes a
-    function that returns the address of `_ZEROS` zero bytes, one of `constructors` the constructor of a class whose virtual
-    functions return at once. Every other symbol has that address itself: read as data
-    it is zero; called as a function it ends the process (SIGSEGV).
+    function that returns the address of `_ZEROS` zero bytes, one of `constructors` the constructor of a class whose
+    virtual functions return at once. Every other symbol has that address itself: read as data it is zero; called as a
+    function it ends the process (SIGSEGV).
     """
     strings = bytearray(b"\0")
 

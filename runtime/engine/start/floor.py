@@ -20,14 +20,16 @@ HEAP_SLACK_BYTES = 12 << 18
 """Allowance for what a run holds beyond the idle process, its kernels and operators, its arena and the largest
 workspace: the job's own tables and small holes in the heap. It does not grow after the second step, because free pages
 are given back after every step. Runs of Qwen2.5-0.5B, 1.5B and 3B and Gemma3-4B (24 to 36 layers) needed up to 0.4 of
-these 3 MiB, a small model of 80 layers 0.9; with 1.25 MiB Qwen2.5-0.5B in 320 MiB, whose plan used its budget to the last
-KiB, met its cap. Writing a checkpoint takes 0.4 MiB more than a step; with 1.75 MiB that put twelve of twelve runs of SmolLM2-135M's
-shape 0.01 to 0.22 MiB above their prediction, and one run in fifteen of Qwen2.5-0.5B in 200 MiB met its cap. The views of operands that are kept from step to step are 0.9 MiB of
-Qwen2.5-0.5B's."""
+these 3 MiB, a small model of 80 layers 0.9; with 1.25 MiB Qwen2.5-0.5B in 320 MiB, whose plan used its budget to the
+last KiB, met its cap. Writing a checkpoint takes 0.4 MiB more than a step; with 1.75 MiB that put twelve of twelve runs
+of SmolLM2-135M's shape 0.01 to 0.22 MiB above their prediction, and one run in fifteen of Qwen2.5-0.5B in 200 MiB met
+its cap. The views of operands that are kept from step to step are 0.9 MiB of Qwen2.5-0.5B's.
+"""
 INFERENCE_SLACK_BYTES = 3 << 19
 """Further allowance for steps without a backward: their floor includes less code that a run can do without, and the run
-evaluates too. A run of MeZO that held 145 MiB, its buffers between small blocks of the heap, needed 2.5 MiB of both allowances
-together, once beside other work 2.8."""
+evaluates too. A run of MeZO that held 145 MiB, its buffers between small blocks of the heap, needed 2.5 MiB of both
+allowances together, once beside other work 2.8.
+"""
 HOLES_PER_WORKSPACE = 0.3
 """Further holes in the heap, as a fraction of the largest workspace of an operator of PyTorch's own: the space that its
 freed buffers leave is not always where the next operator's buffers need it. tightfit's own operators allocate nearly
@@ -38,8 +40,9 @@ LOCAL, EXCHANGE_SECONDS = "127.0.0.1", 30.0
 """longest time in which two members of a fleet that are both in this process connect to each other"""
 IMPORT_SLACK_BYTES = 10 << 20
 """By how much the peak of the start varies, depending on how files lie in the page cache: libraries are loaded before
-their mappings can be split. With all of PyTorch's in folios of 2 MiB it was 5.6 MiB higher than with small ones, once beside
-a run of all tests 8.0."""
+their mappings can be split. With all of PyTorch's in folios of 2 MiB it was 5.6 MiB higher than with small ones, once
+beside a run of all tests 8.0.
+"""
 
 
 def exchange_bytes(channel: TransferChannel) -> int:
@@ -83,7 +86,8 @@ def exchange_bytes(channel: TransferChannel) -> int:
 
 def measure_floor(tell: Callable[[dict[str, Any]], None]) -> None:
     """Measure the floor in this process, which must be a fresh lean process, and `tell` its figures; all sizes are in
-    bytes. Then `tell` `exchange_bytes` too: that comes last, so that where the members of a fleet cannot meet one device still trains.
+    bytes. Then `tell` `exchange_bytes` too: that comes last, so that where the members of a fleet cannot meet one
+    device still trains.
 
     `import_peak_bytes` is VmHWM after the start. `resident_bytes` is the resident set once kernels are warm, clean file
     pages are released, and the pages that a step needs are mapped again; `inference_resident_bytes` the same with the

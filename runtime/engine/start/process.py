@@ -149,12 +149,12 @@ def split_file_mappings() -> int:
     """Have a fault in a file mapping map 64 KiB at most; returns the mappings made. Call it before code runs that is to
     stay.
 
-    Linux 6.18 maps the whole folio in which a page of a file lies, if the mapping holds all of it, and earlier ones do so
-    with folios of 2 MiB. How large the folios of a library are depends on how it came into the page cache: pages that
-    faults read are small, ext4 and XFS make up to 2 MiB of what was read ahead or written in one go. So one instruction
-    that is run for the first time in a step mapped 64 KiB or 2 MiB, and warming up the kernels took 66 or 188 MiB. Here
-    every second part of 64 KiB (what "fault-around" maps anyway) gets a flag of its own, which has no other effect on
-    files, and becomes a mapping; parts are larger where a process may not have so many.
+    Linux 6.18 maps the whole folio in which a page of a file lies, if the mapping holds all of it, and earlier ones do
+    so with folios of 2 MiB. How large the folios of a library are depends on how it came into the page cache: pages
+    that faults read are small, ext4 and XFS make up to 2 MiB of what was read ahead or written in one go. So one
+    instruction that is run for the first time in a step mapped 64 KiB or 2 MiB, and warming up the kernels took 66 or
+    188 MiB. Here every second part of 64 KiB (what "fault-around" maps anyway) gets a flag of its own, which has no
+    other effect on files, and becomes a mapping; parts are larger where a process may not have so many.
     """
     libc = ctypes.CDLL(None)
     spare = most_mappings() - SPARE_MAPPINGS

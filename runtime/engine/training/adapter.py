@@ -1,5 +1,5 @@
-"""LoRA adapters in PEFT's format: names of their tensors, ``adapter_config.json``, and initial values; also the names and
-initial values of a side network's tensors.
+"""LoRA adapters in PEFT's format: names of their tensors, ``adapter_config.json``, and initial values; also the names
+and initial values of a side network's tensors.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def scaled_weight(name: str) -> str | None:
 
 
 def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, body: str = BODY) -> dict[str, Any]:
-    """``adapter_config.json``; `lora` has `rank`, `alpha` and fields of this file that are not at their defaults, `names`
-    are the trainables, `base` the base model's name.
+    """``adapter_config.json``; `lora` has `rank`, `alpha` and fields of this file that are not at their defaults,
+    `names` are the trainables, `base` the base model's name.
     """
     targets: list[str] | str = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names})
     if body != BODY:  # a regular expression: given bare names, PEFT would adapt the wrapper's vision tower as well

@@ -50,7 +50,9 @@ class Batches(TrainingBatches, Protocol):
     """A data file, of whose batches one can train or evaluate."""
 
     def epoch_steps(self, batch: int, epochs: float = 1.0) -> float:
-        """Steps with `batch` rows that go once through the data; where epochs differ, the mean of the first `epochs`."""
+        """Steps with `batch` rows that go once through the data; where epochs differ, the mean of the first
+        `epochs`.
+        """
         ...
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
@@ -115,7 +117,8 @@ class TensorBatches:
         expected = HEADER_BYTES + self.count * self._header["record_bytes"]
         if os.fstat(self._descriptor).st_size != expected:
             raise InputError(
-                f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again"
+                f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data"
+                " again"
             )
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
@@ -152,8 +155,9 @@ class TensorBatches:
 
 
 def open_batches(path: str, seed: int, *, packing: bool = False, loss: str | None = None) -> Batches:
-    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows. `loss` is the decoder's loss of
-    pairs, if it has one. Raises InputError if it is neither, or without the pairs that the loss is of.
+    """Open a record file or a batch file; `seed` shuffles records, and with `packing` they share rows. `loss` is the
+    decoder's loss of pairs, if it has one. Raises InputError if it is neither, or without the pairs that the loss is
+    of.
     """
     if loss is not None:
         from tightfit.runtime.engine.training.pairs import PairBatches

@@ -51,7 +51,8 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
     found = find_checkpoints(directory)
     if not found:
         raise InputError(
-            f"{directory} holds no checkpoint to resume from; give {spelled('overwrite', True)} in place of {spelled('resume', True)} to start from the beginning"
+            f"{directory} holds no checkpoint to resume from; give {spelled('overwrite', True)} in place of"
+            f" {spelled('resume', True)} to start from the beginning"
         )
     step, path = found[-1]
     try:

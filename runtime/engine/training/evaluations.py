@@ -34,7 +34,8 @@ class Evaluations:
 
     @classmethod
     def of(cls, header: Mapping[str, Any], data: str | None, state: Mapping[str, Any]) -> Evaluations | None:
-        """Those that the settings in a job's `header` ask for, with what the state of a checkpoint knows of earlier ones.
+        """Those that the settings in a job's `header` ask for, with what the state of a checkpoint knows of earlier
+        ones.
 
         None where there are no held-out data or none is asked for between the steps.
         """
@@ -72,8 +73,8 @@ class Evaluations:
 
     @property
     def over(self) -> bool:
-        """Whether the run ends before its last step, since none has been better than the best for as long as it was asked
-        to wait.
+        """Whether the run ends before its last step, since none has been better than the best for as long as it was
+        asked to wait.
         """
         return self.patience is not None and self.since_best >= self.patience and self.step < self.last
 

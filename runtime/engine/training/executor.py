@@ -52,8 +52,8 @@ __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
 
 class View:
-    """A strided view of a tensor, made again only where the tensor lies elsewhere than before: a plan's offsets are the same in
-    every step.
+    """A strided view of a tensor, made again only where the tensor lies elsewhere than before: a plan's offsets are the
+    same in every step.
     """
 
     __slots__ = ("at", "container", "dtype", "elements", "key", "offset", "place", "size", "stride", "tensor", "window")
@@ -67,8 +67,8 @@ class View:
         container: Any = None,
         key: Any = None,
     ) -> None:
-        """`operand` has size, stride and offset in the tensor `value`, one of the operator's `tensors`, at `place` in them. The view is
-        kept in `container[key]` too, if there is one.
+        """`operand` has size, stride and offset in the tensor `value`, one of the operator's `tensors`, at `place` in
+        them. The view is kept in `container[key]` too, if there is one.
         """
         self.place, self.container, self.key = place, container, key
         self.size, self.stride, self.offset = tuple(operand["size"]), tuple(operand["stride"]), operand.get("offset", 0)
@@ -155,8 +155,8 @@ class BoundOperator:
 
 
 def bind(programs: list[dict[str, Any]], device: Device, store: WeightStore | None) -> list[list[BoundOperator]]:
-    """Bind the operators of the programs of a step, which are in the form of the job's header (`program_headers`) and are taken out of
-    the list.
+    """Bind the operators of the programs of a step, which are in the form of the job's header (`program_headers`) and
+    are taken out of the list.
     """
     bound: list[list[BoundOperator]] = []
     while programs:
@@ -232,7 +232,9 @@ class Executor:
         return sum(self.forwards) / len(self.forwards)
 
     def join(self, role: FleetRole) -> None:
-        """Let the operators that send and receive, if there are any, do so in this role, once all have been tried out."""
+        """Let the operators that send and receive, if there are any, do so in this role, once all have been tried
+        out.
+        """
         for operator in self.operators():
             if operator.name in PASSING:
                 operator.keywords["stage"] = role

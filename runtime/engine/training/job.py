@@ -10,8 +10,8 @@ instructions are in units of 64 bytes. An instruction is a sequence of int32 wor
 
 A RUN lists one offset per output (-1: the output is unused). PASS gives the second tensor the place of the first.
 `LOSS` and `TOKEN_LOSSES` make the executor read those tensors; they stand just before the instruction that frees them.
-The training schedules of a cycle follow each other in `train`; the header's `cycle` says where each begins and ends. Where
-gradients are clipped, the update of all trainables is last in `train`, and the header's `update` says where.
+The training schedules of a cycle follow each other in `train`; the header's `cycle` says where each begins and ends.
+Where gradients are clipped, the update of all trainables is last in `train`, and the header's `update` says where.
 """
 
 from __future__ import annotations
@@ -47,17 +47,22 @@ POSITIONS_AT = {
 }
 """operators -> the place of their argument that says which samples share a row"""
 TILES_AT = {"tightfit.tile_attention": 1, "tightfit.tile_attention_backward": 2}
-"""operators -> the place of their argument that holds a tensor for each tile of the text so far; the last argument is the sliding window"""
+"""operators -> the place of their argument that holds a tensor for each tile of the text so far; the last argument is
+the sliding window
+"""
 EXPERTS_AT = {
     "tightfit.experts": (2, 4, 8),
     "tightfit.experts_backward": (4, 6, 10),
     "tightfit.adapted_experts": (2, 4, 8),
     "tightfit.adapted_experts_backward": (4, 6, 10),
 }
-"""operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices and two biases, and the number
-of the first expert that these are of"""
+"""operators -> the places of their arguments for the numbers of the chosen experts, the first of two matrices and two
+biases, and the number of the first expert that these are of
+"""
 BEGINS_AT = {"tightfit.head_chunk": 4} | {target: first for target, (_, _, first) in EXPERTS_AT.items()}
-"""operators -> the place of their argument that says where the part begins that they work on: they do the same wherever it does"""
+"""operators -> the place of their argument that says where the part begins that they work on: they do the same wherever
+it does
+"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 KEEP_STATE = "tightfit.keep_state"
@@ -131,7 +136,9 @@ class Job:
 
 
 def passes_messages(programs: Iterable[Any]) -> bool:
-    """Whether operators of a plan's or profile's programs send or receive: it is that of a member that has some of the layers."""
+    """Whether operators of a plan's or profile's programs send or receive: it is that of a member that has some of the
+    layers.
+    """
     return any(operator.target in PASSING for program in programs for operator in program.operators)
 
 
@@ -177,7 +184,9 @@ def _program_header(program: Mapping[str, Any], place: int, known: dict[str, lis
 
 
 def tensors_of(operator: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors that an operator of a program reads and makes, each once, in the order of its arguments and results."""
+    """Names of the tensors that an operator of a program reads and makes, each once, in the order of its arguments and
+    results.
+    """
     names: dict[str, None] = {}
 
     def collect(argument: Any) -> None:

@@ -1,7 +1,7 @@
 """The loop of a run in the training process: evaluates, takes the steps, writes checkpoints, evaluates again.
 
-It sends a message about each of these to the parent process, and appends a line per step to ``metrics.jsonl``, and one per
-evaluation where evaluations are made between the steps.
+It sends a message about each of these to the parent process, and appends a line per step to ``metrics.jsonl``, and one
+per evaluation where evaluations are made between the steps.
 """
 
 from __future__ import annotations
@@ -282,7 +282,9 @@ class _Run:
         return {**told, "spent": dict(training.executor.seconds)}
 
     def _epoch(self, step: int) -> dict[str, float]:
-        """How often the steps up to `step` have gone through the data; nothing where the data have no end (a Session)."""
+        """How often the steps up to `step` have gone through the data; nothing where the data have no end (a
+        Session).
+        """
         steps = self.header.get("epoch_steps")
         return {"epoch": round(step / steps, 4)} if steps else {}
 
@@ -296,13 +298,13 @@ class _Run:
         ):
             if not math.isfinite(value):
                 raise InputError(
-                    f"the {what} of step {step} is not {wanted}; lower the learning rate (lr {self.training.rate}) or check the"
-                    " data"
+                    f"the {what} of step {step} is not {wanted}; lower the learning rate (lr {self.training.rate}) or"
+                    " check the data"
                 )
 
     def _finish_step(self, *, stop: bool) -> tuple[int, bool]:
-        """End a step of all members of a fleet, if there are others; returns the number of micro-batches taken since the run
-        began, and whether some member is to end.
+        """End a step of all members of a fleet, if there are others; returns the number of micro-batches taken since
+        the run began, and whether some member is to end.
         """
         step = self.done + self.role.share.micro_batches
         made = self.role.finish(step, stop=stop)
@@ -332,8 +334,8 @@ class _Run:
         return step, made.stop
 
     def evaluate(self, when: str) -> None:
-        """Evaluate on the held-out data, if there are any; `when` is "before" or "after" all steps. Raises _Stopped on a
-        signal.
+        """Evaluate on the held-out data, if there are any; `when` is "before" or "after" all steps. Raises _Stopped on
+        a signal.
         """
         if self.held_out is None:
             return
@@ -357,8 +359,9 @@ class _Run:
         return Evaluations.of(self.header, self.held_out, self.found.state if self.found else {})
 
     def _catch_up(self, evaluations: Evaluations) -> None:
-        """In a run that is resumed, make the evaluation that was broken off after the checkpoint's step, if one was, and see
-        to it that what is kept of the best is there: the process may have been killed between checkpoint and that.
+        """In a run that is resumed, make the evaluation that was broken off after the checkpoint's step, if one was,
+        and see to it that what is kept of the best is there: the process may have been killed between checkpoint and
+        that.
         """
         best = evaluations.due(self.done) and self._evaluate_between(evaluations)
         if not self.header["keep_best"] or evaluations.best is None:
@@ -416,9 +419,9 @@ class _Run:
         return result
 
     def _make_room(self) -> None:
-        """Before initial values are loaded or a checkpoint is saved: weights, values and states that stay may fill the arena, and what
-        building kernels, reading weights or a step left beside it would come on top (7 MiB with convolutions in bfloat16, 11 where 927
-        weights of a small mixture had been read).
+        """Before initial values are loaded or a checkpoint is saved: weights, values and states that stay may fill the
+        arena, and what building kernels, reading weights or a step left beside it would come on top (7 MiB with
+        convolutions in bfloat16, 11 where 927 weights of a small mixture had been read).
         """
         settle()
 
@@ -491,14 +494,15 @@ def _save_trained(training: Training, path: str) -> str:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and continue with {spelled('resume', True)}"
+            f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and"
+            f" continue with {spelled('resume', True)}"
         ) from error
     return path
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one line per step or evaluation. A resumed run keeps the lines up to the step it resumes at and
-    drops later ones; also evaluations after step `evaluated`, which it makes again.
+    """``metrics.jsonl``: one line per step or evaluation. A resumed run keeps the lines up to the step it resumes at
+    and drops later ones; also evaluations after step `evaluated`, which it makes again.
     """
 
     def __init__(self, path: str, done: int, evaluated: int | None = None) -> None:

@@ -1,4 +1,5 @@
-"""What a run counts by its loss: how much a batch weighs in an update of several steps, and the scores of an evaluation.
+"""What a run counts by its loss: how much a batch weighs in an update of several steps, and the scores of an
+evaluation.
 
 A kind of loss is a class of `Loss`: of tokens and of whole batches here, of pairs of answers in
 `tightfit.runtime.engine.training.pair_scores`.
@@ -19,7 +20,9 @@ class Scores(Protocol):
     """The losses of an evaluation, counted up batch by batch."""
 
     def add(self, loss: float, losses: Tensor | None, inputs: Sequence[Tensor], records: Sequence[TokenRecord]) -> None:
-        """Add a batch: its mean loss, the loss of each token if the schedule tells them, its tensors, and the records in it."""
+        """Add a batch: its mean loss, the loss of each token if the schedule tells them, its tensors, and the records
+        in it.
+        """
         ...
 
     def result(self, seconds: float) -> dict[str, Any]:
@@ -34,7 +37,9 @@ class Loss(Protocol):
     """whether it compares with what the model with its adapter switched off says of the same batch (DPO)"""
 
     def weight(self, inputs: Sequence[Tensor]) -> int:
-        """How many terms the loss of a batch is a mean over: the weight of its gradient in an update of several steps."""
+        """How many terms the loss of a batch is a mean over: the weight of its gradient in an update of several
+        steps.
+        """
         ...
 
     def of_step(self, losses: Tensor | None, inputs: Sequence[Tensor], samples: int | None) -> dict[str, float]:
@@ -71,8 +76,9 @@ class RecordScores:
 
     def __init__(self) -> None:
         self._best: dict[int, tuple[float, int, bool]] = {}
-        """of each question, by its example: (summed loss, number, whether it is right) of the likeliest choice; of equal ones the
-        first, in whatever order they come"""
+        """of each question, by its example: (summed loss, number, whether it is right) of the likeliest choice; of
+        equal ones the first, in whatever order they come
+        """
         self._total, self._labelled, self._records = 0.0, 0, 0
 
     def add(self, loss: float, losses: Tensor | None, inputs: Sequence[Tensor], records: Sequence[TokenRecord]) -> None:

@@ -31,8 +31,9 @@ are larger; those get mappings of their own during the warm-up
 def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> None:
     """Run the operators on zeros in the arena, and give its pages back after each.
 
-    Operators that gather rows from the weight store are left out; experts, chunks of the head and attention to tiles are not called
-    where others before them made the same products. Raises InputError for an operator that cannot be run.
+    Operators that gather rows from the weight store are left out; experts, chunks of the head and attention to tiles
+    are not called where others before them made the same products. Raises InputError for an operator that cannot be
+    run.
     """
     met: set[tuple[object, ...]] = set()
     with apart(LARGEST_LASTING):
@@ -57,8 +58,8 @@ def _work(operator: BoundOperator) -> tuple[object, ...]:
 
 
 def _placed(operator: BoundOperator, device: Device) -> bool:
-    """Make an operator's views of its tensors, side by side from the start of the arena: they stay. Whether they fit there; a schedule has
-    them all in the arena at once, but not side by side.
+    """Make an operator's views of its tensors, side by side from the start of the arena: they stay. Whether they fit
+    there; a schedule has them all in the arena at once, but not side by side.
     """
     views = [*operator.reads, *(write for write in operator.writes if write is not None)]
     needed: dict[int, int] = {}
@@ -105,8 +106,8 @@ def _meet_every_block(operator: BoundOperator, outputs: list[Tensor | None], dev
 
 
 def _attend_in_long_rows(operator: BoundOperator, outputs: list[Tensor | None], device: Device) -> None:
-    """Run attention on rows of one sample too. As positions, zeros are rows of samples of one token, whose products are the
-    smallest.
+    """Run attention on rows of one sample too. As positions, zeros are rows of samples of one token, whose products are
+    the smallest.
     """
     arguments = operator.reads[0].container
     positions = arguments[POSITIONS_AT[operator.name]]

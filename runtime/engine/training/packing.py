@@ -1,15 +1,18 @@
 """Puts several samples into each row of a batch, and of pairs of answers both answers into rows of one batch.
 
-The samples of an epoch come in their shuffled order (`tightfit.runtime.engine.training.records.shuffled`), those of an evaluation
-in the order of the file, and `WAITING` of them wait for a row. A row begins with the one that has waited longest, and is filled
-with the longest that fits, again and again. So each sample comes once in an epoch or an evaluation, and waits for at most
-`WAITING` rows; the last batch may have empty rows. Which samples a step has depends on the samples' lengths, the batch's shape,
-the seed and the step alone; which an evaluation batch has, on lengths, shape and the batch's number.
+The samples of an epoch come in their shuffled order (`tightfit.runtime.engine.training.records.shuffled`), those of an
+evaluation in the order of the file, and `WAITING` of them wait for a row. A row begins with the one that has waited
+longest, and is filled with the longest that fits, again and again. So each sample comes once in an epoch or an
+evaluation, and waits for at most `WAITING` rows; the last batch may have empty rows. Which samples a step has depends
+on the samples' lengths, the batch's shape, the seed and the step alone; which an evaluation batch has, on lengths,
+shape and the batch's number.
 
-The two answers of a pair are samples that may lie in any rows of the same batch. Into each batch go the pairs that wait, in their turn,
-if there is still room for both answers, each in the fullest row that has room; so a pair waits for at most `WAITING` batches.
+The two answers of a pair are samples that may lie in any rows of the same batch. Into each batch go the pairs that
+wait, in their turn, if there is still room for both answers, each in the fullest row that has room; so a pair waits for
+at most `WAITING` batches.
 
-The rows of a batch follow from those before it, which a run that resumes therefore makes again, without reading the samples.
+The rows of a batch follow from those before it, which a run that resumes therefore makes again, without reading the
+samples.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ EPOCHS_COUNTED = 16
 
 
 def rows_of(records: RecordFile, order: Iterable[int]) -> Iterator[list[int]]:
-    """The rows of the samples whose indices come in `order`. Only those that wait are in memory, by their indices and lengths."""
+    """The rows of the samples whose indices come in `order`. Only those that wait are in memory, by their indices and
+    lengths.
+    """
     coming = enumerate(order)
     waiting: list[tuple[int, int, int]] = []
     """(length, turn, index), the shortest first"""
@@ -103,7 +108,9 @@ def batches_of_pairs(records: RecordFile, order: Iterable[int], batch: int) -> I
 
 
 def _put_pair(records: RecordFile, pair: int, rows: Rows, room: list[int]) -> bool:
-    """Put the answers of a pair into the `rows` that have so much `room` left, the longer one first, if there is room for both."""
+    """Put the answers of a pair into the `rows` that have so much `room` left, the longer one first, if there is room
+    for both.
+    """
     taken = list(room)
     found = []
     for length, index in sorted(((records.length(index), index) for index in (2 * pair, 2 * pair + 1)), reverse=True):

@@ -20,7 +20,9 @@ SCORES = "tightfit.preference_scores"
 def scores_of(
     kernel: Callable[..., None], losses: Tensor, labels: Tensor, known: Tensor, loss: str, beta: float
 ) -> list[Tensor]:
-    """The results of `tightfit.runtime.engine.cpu.preference.preference_scores`, which is `kernel`, for a batch in host memory."""
+    """The results of `tightfit.runtime.engine.cpu.preference.preference_scores`, which is `kernel`, for a batch in host
+    memory.
+    """
     places = labels.numel()
     sizes: list[tuple[int, ...]] = [(places,), (places // 2,), (places // 2,), (), ()]
     made = [torch.empty(size, dtype=torch.float64) for size in sizes]
@@ -47,8 +49,8 @@ class PairLoss:
         return (int(inputs[-1][0].max()) + 2) // 2
 
     def of_step(self, losses: Tensor | None, inputs: Sequence[Tensor], samples: int | None) -> dict[str, float]:
-        """The share of the pairs in which the chosen answer has the higher reward, and the margin; nothing where the number of
-        pairs is unknown.
+        """The share of the pairs in which the chosen answer has the higher reward, and the margin; nothing where the
+        number of pairs is unknown.
         """
         if not samples:
             return {}
@@ -62,7 +64,9 @@ class PairLoss:
 
 
 class PairScores:
-    """The scores of an evaluation on pairs, counted up batch by batch, so that they do not depend on the size of a batch."""
+    """The scores of an evaluation on pairs, counted up batch by batch, so that they do not depend on the size of a
+    batch.
+    """
 
     def __init__(self, kernel: Callable[..., None], loss: str, beta: float) -> None:
         """`kernel` is the device's `SCORES`."""

@@ -1,8 +1,9 @@
 """Batches of pairs of answers for the training process. Only what fills a batch imports PyTorch.
 
 The last tensor of a batch says which answer each place belongs to, and what the loss knows of it
-(`tightfit.runtime.engine.cpu.preference`). So both answers of a pair may lie in any rows of a batch: in two of their own, the chosen
-answer and below it the rejected one, or in rows that samples share (`tightfit.runtime.engine.training.packing`).
+(`tightfit.runtime.engine.cpu.preference`). So both answers of a pair may lie in any rows of a batch: in two of their
+own, the chosen answer and below it the rejected one, or in rows that samples share
+(`tightfit.runtime.engine.training.packing`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def pairs_in(rows: Rows) -> list[int]:
 
 
 class PairsApart:
-    """Each answer of `count` pairs has a row of its own, the rejected one below the chosen one; a batch goes on into the next epoch."""
+    """Each answer of `count` pairs has a row of its own, the rejected one below the chosen one; a batch goes on into
+    the next epoch.
+    """
 
     shared = False
 
@@ -57,9 +60,10 @@ class PairsApart:
 class PairBatches:
     """Batches from a record file of pairs, for a decoder's loss of pairs.
 
-    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [2 * pairs, seq], and last the number of the answer
-    at each place, -1 for none, with DPO also that answer's log-probability in the reference model, float64 [1 or 2, 2 * pairs, seq].
-    For ORPO, whose likelihood is of prompt and answer, chosen answers have labels for the prompt too.
+    `inputs` are input_ids, labels and, where samples may share rows, positions, int64 [2 * pairs, seq], and last the
+    number of the answer at each place, -1 for none, with DPO also that answer's log-probability in the reference model,
+    float64 [1 or 2, 2 * pairs, seq]. For ORPO, whose likelihood is of prompt and answer, chosen answers have labels for
+    the prompt too.
     """
 
     def __init__(self, path: str, seed: int, loss: str, *, packing: bool = False) -> None:
@@ -81,8 +85,8 @@ class PairBatches:
         return pairs_in(self._order.of_step(step, 2 * pairs))
 
     def of_references(self, steps: int | None, pairs: int) -> Iterator[Rows]:
-        """The rows of the pairs that so many steps see, each pair once and as the first epoch has them; with None those of an
-        evaluation.
+        """The rows of the pairs that so many steps see, each pair once and as the first epoch has them; with None those
+        of an evaluation.
         """
         if steps is None:
             for number in range(self._order.evaluation_count(2 * pairs)):
@@ -120,8 +124,8 @@ class PairBatches:
         return self.fill(self._order.of_evaluation(number, inputs[0].shape[0]), inputs)
 
     def fill(self, rows: Rows, inputs: Sequence[Tensor]) -> list[TokenRecord]:
-        """Write the answers of whole pairs into a batch, from its first row on; what is behind them is padding. The pairs are numbered in
-        the order of their answers. Returns the records of the answers.
+        """Write the answers of whole pairs into a batch, from its first row on; what is behind them is padding. The
+        pairs are numbered in the order of their answers. Returns the records of the answers.
         """
         *tokens, known = inputs
         if self._order.shared:
@@ -147,8 +151,8 @@ class PairBatches:
         found = self.references.get(pair)
         if found is None:
             raise RunError(
-                f"{self.references.path}: the references of pair {pair + 1} are damaged; continue with {spelled('resume', True)}, which computes"
-                " them again"
+                f"{self.references.path}: the references of pair {pair + 1} are damaged; continue with"
+                f" {spelled('resume', True)}, which computes them again"
             )
         return found
 

@@ -16,13 +16,13 @@ Layout, little-endian::
 
 Header keys: `format` ("tightfit-records"), `version`, `seq`, `count` (records), `examples`, `pad_token`, `vocab_size`
 (every token is below it), `tokens` (input positions, summed), `labelled` (positions with a label, summed), `index` (its
-offset in bytes), `fingerprint` (sha256 of all records), `source` (what the data was made from, in words) and, where each example
-is a pair of answers, `pairs`: record 2n is the chosen answer of pair n, record 2n + 1 the rejected one.
+offset in bytes), `fingerprint` (sha256 of all records), `source` (what the data was made from, in words) and, where
+each example is a pair of answers, `pairs`: record 2n is the chosen answer of pair n, record 2n + 1 the rejected one.
 
 Training order needs no state: sample number ``step * batch + i`` falls in epoch ``n // count`` at place ``n % count``,
 and a keyed permutation (`shuffled`) maps the place to a record in constant memory. A run that resumes at step N
-therefore sees exactly what it would have seen. Where samples share rows, `tightfit.runtime.engine.training.packing` says
-which samples a step or an evaluation batch has.
+therefore sees exactly what it would have seen. Where samples share rows, `tightfit.runtime.engine.training.packing`
+says which samples a step or an evaluation batch has.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class RecordFile:
             found = os.fstat(descriptor).st_size
             if found != expected:
                 raise InputError(
-                    f"{path}: {found} bytes where {header['count']} records need {expected}; the file is truncated or damaged, prepare the data again"
+                    f"{path}: {found} bytes where {header['count']} records need {expected}; the file is truncated or"
+                    " damaged, prepare the data again"
                 )
         except BaseException:
             os.close(descriptor)
@@ -196,8 +197,9 @@ class RecordFile:
     def fill(
         self, indices: Sequence[int], input_ids: Tensor, labels: Tensor, positions: Tensor | None = None
     ) -> list[TokenRecord]:
-        """Write records into `input_ids` and `labels` (integer [batch, length], with room for each), one a row, from its beginning;
-        rows beyond `indices` are all padding. `positions`, of the same shape, is counted from 0 in each row.
+        """Write records into `input_ids` and `labels` (integer [batch, length], with room for each), one a row, from
+        its beginning; rows beyond `indices` are all padding. `positions`, of the same shape, is counted from 0 in each
+        row.
 
         The returned records say where they begin; their tensors are in rows of the two arguments.
         """
@@ -240,7 +242,8 @@ class RecordFile:
         record = self.read(index)
         if begin + record.length > input_ids.shape[1]:
             raise ValueError(
-                f"record {index}, of {record.length} positions, does not fit a batch of shape {list(input_ids.shape)} from place {begin} on"
+                f"record {index}, of {record.length} positions, does not fit a batch of shape {list(input_ids.shape)}"
+                f" from place {begin} on"
             )
         place = slice(begin, begin + record.length)
         input_ids[row, place].copy_(record.input_ids)
@@ -379,6 +382,7 @@ def _header(path: Path, data: bytes) -> dict[str, Any]:
         raise InputError(f"{path}: not a record file (no {FORMAT!r} header); prepare the data again")
     if header.get("version") != VERSION:
         raise InputError(
-            f"{path}: record file of version {header.get('version')}, this tightfit reads version {VERSION}; prepare the data again"
+            f"{path}: record file of version {header.get('version')}, this tightfit reads version {VERSION}; prepare"
+            " the data again"
         )
     return header

@@ -1,10 +1,11 @@
-"""The file of reference log-probabilities, with which DPO compares an adapter: of every answer of a record file of pairs, by the
-model with its adapter switched off.
+"""The file of reference log-probabilities, with which DPO compares an adapter: of every answer of a record file of
+pairs, by the model with its adapter switched off.
 
-It is computed once, before the first step, for the pairs that the run will see, and lies beside the record file. A header of JSON
-padded to `HEADER_BYTES` (`format`, `version`, `pairs`, `fingerprint` of all that the values depend on) is followed by an entry for
-each pair: the log-probability of the chosen answer and of the rejected one, float64, and the crc32 of both. Entries are written in
-place, in any order, so that a run that is killed meanwhile goes on with those that are missing.
+It is computed once, before the first step, for the pairs that the run will see, and lies beside the record file. A
+header of JSON padded to `HEADER_BYTES` (`format`, `version`, `pairs`, `fingerprint` of all that the values depend on)
+is followed by an entry for each pair: the log-probability of the chosen answer and of the rejected one, float64, and
+the crc32 of both. Entries are written in place, in any order, so that a run that is killed meanwhile goes on with those
+that are missing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def references_path(records: str) -> str:
 
 
 class References:
-    """The references of `pairs` pairs, opened to be read and written; `fingerprint` is of all that their values depend on, and
-    where a file was written for another one it begins anew. Raises RunError if the disk refuses.
+    """The references of `pairs` pairs, opened to be read and written; `fingerprint` is of all that their values depend
+    on, and where a file was written for another one it begins anew. Raises RunError if the disk refuses.
     """
 
     def __init__(self, path: str, *, pairs: int, fingerprint: Mapping[str, Any]) -> None:

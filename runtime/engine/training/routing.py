@@ -1,8 +1,9 @@
 """Which matrices of a mixture of experts a step does without: those of experts that no row of the step goes through.
 
-A schedule reads and unpacks the matrices of all experts, so that it holds whatever a router chooses. Once the numbers of the chosen
-experts are in memory, reads and unpackings of the others are left out: the operator that is given their matrices does not touch them.
-Only matrices that are read anew in every step are among these, and only those of which a step has one set of rows.
+A schedule reads and unpacks the matrices of all experts, so that it holds whatever a router chooses. Once the numbers
+of the chosen experts are in memory, reads and unpackings of the others are left out: the operator that is given their
+matrices does not touch them. Only matrices that are read anew in every step are among these, and only those of which a
+step has one set of rows.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from tightfit.runtime.engine.device.device import Device
 
 WIDTH = 6
-"""numbers of an entry: weight, its first expert, how many it has, elements of the numbers of the chosen experts, and the tensors that
-hold these in training and in evaluation (-1: none does)"""
+"""numbers of an entry: weight, its first expert, how many it has, elements of the numbers of the chosen experts, and
+the tensors that hold these in training and in evaluation (-1: none does)
+"""
 
 
 class Routing:
@@ -25,12 +27,15 @@ class Routing:
         self._device, self._where = device, where
         self._entries = array("i", entries)
         self._starts = array("i", [-1]) * (1 + max(entries[::WIDTH], default=-1))
-        """where each weight's entry begins, -1 if it has none: numbers, and no object for each of the thousands that a large mixture has"""
+        """where each weight's entry begins, -1 if it has none: numbers, and no object for each of the thousands that a
+        large mixture has
+        """
         for start, weight in enumerate(entries[::WIDTH]):
             self._starts[weight] = WIDTH * start
         self._told: dict[int, frozenset[int] | None] = {}
-        """By the number of its tensor, the experts that are chosen in it, None as long as nobody has asked; it is here while the tensor
-        has its contents."""
+        """By the number of its tensor, the experts that are chosen in it, None as long as nobody has asked; it is here
+        while the tensor has its contents.
+        """
         training, evaluation = self._entries[WIDTH - 2 :: WIDTH], self._entries[WIDTH - 1 :: WIDTH]
         self._tensors = frozenset(training + evaluation) - {-1}
         self.left_out = 0

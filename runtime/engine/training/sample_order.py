@@ -1,7 +1,7 @@
 """Which samples a batch has, and in which rows: a class for each way, `Apart` here, `Packed` in a file of its own.
 
-The order of an epoch is the permutation of `shuffled`, which depends on the seed and the epoch alone; an evaluation takes the order
-of the file. Batches of tokens and of pairs (`batches`, `pairs`) choose the way.
+The order of an epoch is the permutation of `shuffled`, which depends on the seed and the epoch alone; an evaluation
+takes the order of the file. Batches of tokens and of pairs (`batches`, `pairs`) choose the way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ Rows = list[list[int]]
 
 
 class SampleOrder(Protocol):
-    """One way. Batches are asked for in about their order; which samples one has does not depend on what was asked before."""
+    """One way. Batches are asked for in about their order; which samples one has does not depend on what was asked
+    before.
+    """
 
     shared: bool
     """whether samples share rows"""

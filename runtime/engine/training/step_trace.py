@@ -1,10 +1,10 @@
 """The trace of a step: how long each instruction and each transfer took, for `tightfit.runtime.session.rehearsal`.
 
-Two files of float32 seconds in the run's folder, which grow with every traced step. `INSTRUCTIONS` has two figures for each
-instruction of the schedule: its own seconds, and those in which it waited for the disk. `TRANSFERS` has two for each transfer in
-the order of their requests: when it began and ended, counted from the step's start. Both are written in pieces of `PIECE` figures, whose
-memory is taken at the start: an array that grows while operators run leaves holes in the heap, up to 2 MB of them, which a run without
-a trace does not hold.
+Two files of float32 seconds in the run's folder, which grow with every traced step. `INSTRUCTIONS` has two figures for
+each instruction of the schedule: its own seconds, and those in which it waited for the disk. `TRANSFERS` has two for
+each transfer in the order of their requests: when it began and ended, counted from the step's start. Both are written
+in pieces of `PIECE` figures, whose memory is taken at the start: an array that grows while operators run leaves holes
+in the heap, up to 2 MB of them, which a run without a trace does not hold.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Where the tensors of a job lie between steps, in the arena or the spill file: brings them there, and reads them out in parts."""
+"""Where the tensors of a job lie between steps, in the arena or the spill file: brings them there, and reads them out
+in parts.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,8 @@ class Storage:
         self.store.unpack(name, staging, out)
 
     def row_norms(self, name: str, out: Tensor) -> None:
-        """Fill `out` with the lengths of a weight's rows as its operators read them: the magnitudes that DoRA starts from.
+        """Fill `out` with the lengths of a weight's rows as its operators read them: the magnitudes that DoRA starts
+        from.
 
         A few rows are in memory at a time. Raises InputError where all elements of a row are zero.
         """
@@ -95,8 +98,8 @@ class Storage:
             length(part, a, b[: len(part)], 1.0, out=(out[start:stop], scratch))
         if not out.all():
             raise InputError(
-                f"row {int(out.argmin())} of {name} is zero, and DoRA divides by its length; profile without {spelled('dora')}, or leave the"
-                f" layer out with {spelled('lora_targets')}"
+                f"row {int(out.argmin())} of {name} is zero, and DoRA divides by its length; profile without"
+                f" {spelled('dora')}, or leave the layer out with {spelled('lora_targets')}"
             )
 
     def room(self, size: int) -> Tensor:

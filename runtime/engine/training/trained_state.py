@@ -1,4 +1,6 @@
-"""What a run trains, with the states of its optimizer: their initial values, checkpoints, and the adapter or module that is saved."""
+"""What a run trains, with the states of its optimizer: their initial values, checkpoints, and the adapter or module
+that is saved.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ class TrainedState:
 
     def initialise(self, *, switched_off: bool = False) -> None:
         """Make the state before step 1: initial values of the trainables, those of an adapter if one is given, of the
-        buffers that a step changes, and zeros in the optimizer's states. With `switched_off` the adapter is one that changes
-        nothing, whether one is given or not: a new one, whose pairs add zero.
+        buffers that a step changes, and zeros in the optimizer's states. With `switched_off` the adapter is one that
+        changes nothing, whether one is given or not: a new one, whose pairs add zero.
         """
         for name, (dtype, shape, at) in self.storage.buffers.items():
             self.storage.load(name, at, shape, dtype)
@@ -57,7 +59,9 @@ class TrainedState:
         self.updates.initialise(self.storage)
 
     def _given_adapter(self) -> safetensors_file.SafetensorsReader | None:
-        """The adapter that training starts from, as it was when the run was prepared; None: it starts from new values."""
+        """The adapter that training starts from, as it was when the run was prepared; None: it starts from new
+        values.
+        """
         if not self.header.get("adapter"):
             return None
         directory, checksum = self.header["adapter"]
@@ -66,8 +70,8 @@ class TrainedState:
         return reader
 
     def save_trained(self, directory: str, *, whole: bool = False) -> dict[str, int]:
-        """Write a PEFT adapter, or a module's state_dict or a side network as ``model.safetensors``. Returns checksums by
-        file.
+        """Write a PEFT adapter, or a module's state_dict or a side network as ``model.safetensors``. Returns checksums
+        by file.
 
         A member of a pipeline has the part of its own layers; with `whole` all members are in this call, and the first
         one writes what all have.

@@ -1,4 +1,6 @@
-"""One job in the training process, composed of its parts when it is opened: takes its steps, evaluates, saves and loads their state."""
+"""One job in the training process, composed of its parts when it is opened: takes its steps, evaluates, saves and loads
+their state.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 class Training:
     """A loaded job: `step` takes a training step, `evaluate` and `loss` run the evaluation schedule.
 
-    It is composed of `storage` and `state` (the job's tensors between steps), `role` (in a fleet), `updates` (what becomes of
-    gradients), `executor`, `batches` and `loss_kind` (what losses mean).
+    It is composed of `storage` and `state` (the job's tensors between steps), `role` (in a fleet), `updates` (what
+    becomes of gradients), `executor`, `batches` and `loss_kind` (what losses mean).
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Training:
         requests = header["requests"]
         self.batches: TrainingBatches = self._opened(header["data"]) if requests is None else Requests(requests)
         self.figures: dict[str, Any] = {}
-        """of the latest step, where they are known: `tokens` of its batch without padding, `samples` in it, what its kind of loss tells beside the loss, and of the update that it made with clipped gradients their
-        norm before, `grad_norm`, and `update_seconds`
+        """of the latest step, where they are known: `tokens` of its batch without padding, `samples` in it, what its
+        kind of loss tells beside the loss, and of the update that it made with clipped gradients their norm before,
+        `grad_norm`, and `update_seconds`
         """
 
     def _role(
@@ -101,8 +104,8 @@ class Training:
         return seat_of(self.header["fleet"]).take(trained, stopping, say)
 
     def _opened(self, path: str | None) -> Batches:
-        """A data file, for training or evaluating: the samples of both share rows, or those of neither do. None: what another
-        member of the fleet sends.
+        """A data file, for training or evaluating: the samples of both share rows, or those of neither do. None: what
+        another member of the fleet sends.
         """
         if path is None:
             assert self.role.received
@@ -126,8 +129,8 @@ class Training:
         return self.updates.optimizer.rate(-(-step // steps) * steps, steps)
 
     def step(self, number: int) -> float:
-        """Take training step `number`, counted from 1, and what else is due in this member's fleet; returns its loss, with MeZO the mean
-        of its two.
+        """Take training step `number`, counted from 1, and what else is due in this member's fleet; returns its loss,
+        with MeZO the mean of its two.
         """
         loss = 0.0
         for due, trained in self.role.passes(number):
@@ -162,7 +165,9 @@ class Training:
         return loss
 
     def _update_all(self, number: int) -> float:
-        """Update all trainables after step `number`, the last of an update with clipped gradients; returns the seconds that it took."""
+        """Update all trainables after step `number`, the last of an update with clipped gradients; returns the seconds
+        that it took.
+        """
         before, began = dict(self.executor.seconds), time.perf_counter()
         begin, end = self.header["update"]
         self.executor.execute(self.job.train, begin, end, number - 1)
@@ -171,7 +176,9 @@ class Training:
         return time.perf_counter() - began
 
     def _forward(self, step: int | None = None) -> None:
-        """Run the forward alone on the batch in `inputs`, with the random numbers that training step `step` draws; None: it draws none."""
+        """Run the forward alone on the batch in `inputs`, with the random numbers that training step `step` draws;
+        None: it draws none.
+        """
         self._deliver()
         self.executor.draws.step = step
         self.executor.execute(self.job.evaluate)
@@ -182,7 +189,9 @@ class Training:
             put_now(self.device, at, host)
 
     def loss(self) -> float:
-        """The loss of the next training batch, without a step or dropout; for a decoder the mean over labelled tokens."""
+        """The loss of the next training batch, without a step or dropout; for a decoder the mean over labelled
+        tokens.
+        """
         self.batches.training(0, self.inputs)
         self._forward()
         return self.executor.loss
@@ -192,11 +201,12 @@ class Training:
 
         The loss is a decoder's mean over labelled tokens, a module's mean over batches. Wrong choices do not count in
         it, so that it is comparable with the training loss. A question counts as right if its right choice has the
-        highest summed log-likelihood, the first of them where several have. `progress(done, batches)` is called after every batch. Returns `loss`, `accuracy`
-        (None without questions), `questions`, `records` and `seconds`. On pairs of answers the loss is that of all pairs as if
-        they were one batch, and there are `pairs`, `reward_accuracy`, the share of them in which the chosen answer has the higher
-        reward, and `reward_margin`, the mean difference of the rewards, as TRL counts them. A server that trains a side network has no file: a
-        device sends it the batches, and counts the losses that it sends back.
+        highest summed log-likelihood, the first of them where several have. `progress(done, batches)` is called after
+        every batch. Returns `loss`, `accuracy` (None without questions), `questions`, `records` and `seconds`. On pairs
+        of answers the loss is that of all pairs as if they were one batch, and there are `pairs`, `reward_accuracy`,
+        the share of them in which the chosen answer has the higher reward, and `reward_margin`, the mean difference of
+        the rewards, as TRL counts them. A server that trains a side network has no file: a device sends it the batches,
+        and counts the losses that it sends back.
         """
         scores = self.loss_kind.scores()
         before = time.perf_counter()
@@ -215,8 +225,8 @@ class Training:
         return self.role.agreed(scores.result(time.perf_counter() - before))
 
     def refer(self, batches: PairBatches, rows: Rows) -> None:
-        """Write the references of the pairs in the rows of a batch: the log-probabilities of their answers with what is trained now, which is to
-        be what `initialise` makes without a given adapter.
+        """Write the references of the pairs in the rows of a batch: the log-probabilities of their answers with what is
+        trained now, which is to be what `initialise` makes without a given adapter.
         """
         from tightfit.runtime.engine.training.pair_scores import SCORES, answers_of
         from tightfit.runtime.engine.training.pairs import pairs_in

@@ -1,6 +1,7 @@
 """What becomes of gradients: how a plan's UPDATE, ACCUMULATE and PERTURB instructions change what is trained.
 
-A way to update is a class of `Updates`: at once, clipped, handed to a fleet, or from two losses (MeZO). `updates_of` chooses it.
+A way to update is a class of `Updates`: at once, clipped, handed to a fleet, or from two losses (MeZO). `updates_of`
+chooses it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 
 class Tensors(Protocol):
-    """The tensors of a job while its instructions are carried out (`tightfit.runtime.engine.training.executor.Executor`)."""
+    """The tensors of a job while its instructions are carried out
+    (`tightfit.runtime.engine.training.executor.Executor`).
+    """
 
     trainables: Sequence[Trainable]
     states: Sequence[str]
@@ -91,8 +94,8 @@ class Updates(ABC):
         raise NotImplementedError
 
     def norm(self) -> float | None:
-        """The norm of all gradients of the update that the step which began last completes, before they are clipped; the job's
-        `update` is to follow. None: gradients are not clipped, or the update is not complete yet.
+        """The norm of all gradients of the update that the step which began last completes, before they are clipped;
+        the job's `update` is to follow. None: gradients are not clipped, or the update is not complete yet.
         """
         return None
 
@@ -123,7 +126,9 @@ class Updates(ABC):
 
 
 class AtOnce(Updates):
-    """Each trainable is updated, or its gradient added to those of earlier steps, as soon as its gradient is complete."""
+    """Each trainable is updated, or its gradient added to those of earlier steps, as soon as its gradient is
+    complete.
+    """
 
     def __init__(self, maker: GradientUpdate) -> None:
         super().__init__(maker, maker.accumulate)
@@ -220,7 +225,9 @@ class Handed(Updates):
 
 
 def updates_of(header: Mapping[str, Any], optimizer: Exact | MeZO, exchange: Exchange | None) -> Updates:
-    """The way to update of a job with this header; `exchange` takes the gradients of a fleet's member, of whom none clips."""
+    """The way to update of a job with this header; `exchange` takes the gradients of a fleet's member, of whom none
+    clips.
+    """
     if isinstance(optimizer, MeZO):
         return TwoSided(Perturbation(optimizer, header["seed"]))
     if exchange is not None:

@@ -219,12 +219,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             _, version, length, segments, checksum = PREAMBLE.unpack(preamble)
             if version != VERSION:
                 raise InputError(
-                    f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it"
+                    f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the"
+                    " model again to rebuild it"
                 )
             body = file.read(length + 4 * segments)
             if zlib.crc32(body) != checksum:
                 raise InputError(
-                    f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again"
+                    f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the"
+                    " model again"
                 )
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -246,7 +248,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     for entry in entries.values():
         if entry.offset + align(entry.bytes) > size:
             raise InputError(
-                f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again"
+                f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete"
+                " the file and profile the model again"
             )
     return header
 

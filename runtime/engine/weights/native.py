@@ -1,5 +1,5 @@
-"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays, and multiplies
-one row of activations with packed rows.
+"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays, and
+multiplies one row of activations with packed rows.
 
 A format is used only if its results equal PyTorch's bit for bit and come faster. Lean processes find the library
 through the environment variable `VARIABLE` (`tightfit.runtime.engine.start.process.child_environment` sets it) and
@@ -28,7 +28,9 @@ Unpack = Callable[[int, int, int, int, int], None]
 PREFIX = "tightfit_"
 ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
 Dot = Callable[[int, int, int, int, int, int, int], None]
-"""(address of packed rows, of float32 x, of float32 y, rows, groups per row, elements per group, bytes per group): y = W x"""
+"""(address of packed rows, of float32 x, of float32 y, rows, groups per row, elements per group, bytes per group): y =
+W x
+"""
 DOT_ARGUMENTS = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, *(ctypes.c_int,) * 3)
 DOT = "dot_"
 DOTS = tuple(f"{DOT}{kind}" for kind in QUANTISED)

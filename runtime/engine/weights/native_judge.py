@@ -1,4 +1,5 @@
-"""Judges the compiled library of `tightfit.runtime.engine.weights.native`: in which formats it gives PyTorch's results, and sooner.
+"""Judges the compiled library of `tightfit.runtime.engine.weights.native`: in which formats it gives PyTorch's results,
+and sooner.
 
 Run as a module, in a process of its own, with the library's path; prints the names as JSON.
 """
@@ -52,10 +53,11 @@ def random_groups(kind: str, group: int, count: int, seed: int = 0) -> Tensor:
 
 
 def judge(path: str) -> list[str]:
-    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster, and those in `DOTS` for
-    which it unpacks equally and the products are right.
+    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster, and those in
+    `DOTS` for which it unpacks equally and the products are right.
 
-    PyTorch's way takes at least ten times as long for all formats but q4 and q8, which are therefore the only ones timed.
+    PyTorch's way takes at least ten times as long for all formats but q4 and q8, which are therefore the only ones
+    timed.
     """
 
     def seconds(call: Callable[[], Any]) -> float:

@@ -94,7 +94,8 @@ def _json(value: Any) -> bytes:
 
 
 def header_in(descriptor: int) -> bytes:
-    """The header of an open safetensors file, as text: what every reader of such files asks for first, before a library does.
+    """The header of an open safetensors file, as text: what every reader of such files asks for first, before a library
+    does.
 
     Raises ValueError, which says what is wrong, for one that is too long, ends behind the file or is no JSON object.
     """
@@ -150,8 +151,8 @@ class SafetensorsReader:
         return -1
 
     def chunks(self, name: str, size: int = 1 << 20, *, begin: int = 0, count: int | None = None) -> Iterator[bytes]:
-        """The bytes of a tensor, or `count` of them from `begin` on, at most `size` at a time. Raises InputError if it is not
-        there or truncated.
+        """The bytes of a tensor, or `count` of them from `begin` on, at most `size` at a time. Raises InputError if it
+        is not there or truncated.
         """
         first, end = self._entry(name)["data_offsets"]
         position = first + begin

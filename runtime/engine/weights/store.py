@@ -130,7 +130,8 @@ class WeightStore:
         extent = self.extent(name)
         if staging.dtype != torch.uint8 or staging.numel() < extent.bytes or not staging.is_contiguous():
             raise ValueError(
-                f"staging for {name!r} must be contiguous uint8 of {extent.bytes} bytes, got {staging.dtype} {list(staging.shape)}"
+                f"staging for {name!r} must be contiguous uint8 of {extent.bytes} bytes, got {staging.dtype}"
+                f" {list(staging.shape)}"
             )
         view = self._read(extent.entry, staging.data_ptr(), extent.offset, extent.bytes)
         self._check(extent, view)
@@ -158,7 +159,8 @@ class WeightStore:
         requested = sorted((row, position) for position, row in enumerate(rows.view(-1).tolist()))
         if requested and not 0 <= requested[0][0] <= requested[-1][0] < entry.rows:
             raise InputError(
-                f"{self.path}: rows {requested[0][0]} to {requested[-1][0]} asked of {name!r}, which has {entry.rows}; the data was tokenised for another model"
+                f"{self.path}: rows {requested[0][0]} to {requested[-1][0]} asked of {name!r}, which has {entry.rows};"
+                " the data was tokenised for another model"
             )
         at_once = max(1, GATHERED_ELEMENTS // entry.columns)
         packed = torch.empty(min(at_once, max(1, len(requested))) * entry.row_bytes, dtype=torch.uint8)
@@ -219,8 +221,8 @@ class WeightStore:
         return view
 
     def _check(self, extent: Extent, view: memoryview) -> None:
-        """Check the segments of an extent just read (`view`) that were never checked. Those of which it has a part alone, as of slices
-        that do not begin where a segment does, are read for it.
+        """Check the segments of an extent just read (`view`) that were never checked. Those of which it has a part
+        alone, as of slices that do not begin where a segment does, are read for it.
         """
         entry, rows = extent.entry, extent.entry.segment_rows
         for segment in range(-(-extent.start // rows), entry.segments):
@@ -255,7 +257,8 @@ class WeightStore:
     def _compare(self, entry: Entry, segment: int, checksum: int) -> None:
         if checksum != self.header.checksums[entry.segment + segment]:
             raise InputError(
-                f"{self.path}: tensor {entry.name!r} is damaged (checksum differs); delete the file and profile the model again"
+                f"{self.path}: tensor {entry.name!r} is damaged (checksum differs); delete the file and profile the"
+                " model again"
             )
         self._checked[entry.segment + segment] = 1
 
@@ -301,8 +304,8 @@ def multiplies(entry: Entry) -> bool:
 
 
 def multiply_row(entry: Entry, packed: Tensor, x: Tensor, out: Tensor) -> None:
-    """out float32 [n] = W x for n whole rows of W, `packed` uint8 [n * row_bytes], and x, contiguous float32 [columns]: in
-    compiled C, without the unpacked rows in memory.
+    """out float32 [n] = W x for n whole rows of W, `packed` uint8 [n * row_bytes], and x, contiguous float32 [columns]:
+    in compiled C, without the unpacked rows in memory.
     """
     dot = _dots[entry.format]
     size = group_bytes(entry.format, entry.group)
@@ -328,6 +331,7 @@ def _filled(descriptor: int, address: int, size: int, offset: int, path: Path, n
     done = read_all(descriptor, view, offset)
     if done < size:
         raise InputError(
-            f"{path}: truncated while reading tensor {name!r} at byte {offset + done}; delete the file and profile the model again"
+            f"{path}: truncated while reading tensor {name!r} at byte {offset + done}; delete the file and profile the"
+            " model again"
         )
     return view

@@ -1,4 +1,6 @@
-"""Small fleets whose plans take little time: a profile of few layers with gradients of some size, on devices of any speed."""
+"""Small fleets whose plans take little time: a profile of few layers with gradients of some size, on devices of any
+speed.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def members():
 
 
 def _stages(speeds, *, budget=16 * MIB, rate=12.5e6, latency=5e-4, layers=4, disk=None):
-    """Members of a pipeline: 2 MiB of every layer are trained, 128 KiB pass over a cut, and messages take little memory."""
+    """Members of a pipeline: 2 MiB of every layer are trained, 128 KiB pass over a cut, and messages take little
+    memory.
+    """
     floor = device(**HELD).floor.model_copy(update={"exchange_bytes": 64 * KIB})
     on = device(**HELD).model_copy(update={"floor": floor} | ({"read": disk, "write": disk} if disk else {}))
     made = {}

@@ -62,8 +62,8 @@ def test_the_slower_end_of_a_link_counts():
 
 
 def test_a_slow_receiver_leaves_the_uplink_to_others():
-    # Member 1 begins to send the second piece to the slow 2 at 11. It is there at 21, but the uplink is free at 12, when the
-    # mean of the first piece comes.
+    # Member 1 begins to send the second piece to the slow 2 at 11. It is there at 21, but the uplink is free at 12,
+    # when the mean of the first piece comes.
     chain = [station(), station(), station(down=100)]
     back = [doing.begin for doing in play_sum(chain, [1000] * 2).doings if (doing.station, doing.to) == (1, 0)]
     assert back == pytest.approx([12.0, 22.0], rel=ABOUT)
@@ -75,9 +75,9 @@ def test_nothing_begins_before_both_have_computed():
 
 
 def test_headers_pass_before_pieces_and_two_pieces_are_under_way():
-    # A hop takes a second. Headers: there 0-2, back 2-4, for which the first waits until 2, and the last until 4. Pieces
-    # take no time but the hop. The first two sums leave at 4, when the last can take them, and arrive at 5; the next two
-    # leave then and arrive at 6, and their means at 7.
+    # A hop takes a second. Headers: there 0-2, back 2-4, for which the first waits until 2, and the last until 4.
+    # Pieces take no time but the hop. The first two sums leave at 4, when the last can take them, and arrive at 5; the
+    # next two leave then and arrive at 6, and their means at 7.
     hop = [station(latency=0.5)] * 2
     assert seconds(hop, [1e-6] * 4) == pytest.approx(7.0, rel=ABOUT)
     assert seconds(hop, [1e-6] * 2) == pytest.approx(6.0, rel=ABOUT)

@@ -1,4 +1,6 @@
-"""Federated rounds: steps shared out against brute force and an integer program, budgets, bounds, files, mutated plans."""
+"""Federated rounds: steps shared out against brute force and an integer program, budgets, bounds, files, mutated
+plans.
+"""
 
 import itertools
 import math

@@ -81,8 +81,8 @@ def test_a_member_hands_gradients_over_and_keeps_no_states(layers):
 
 
 def test_an_update_takes_the_same_whatever_number_of_steps_was_measured(layers):
-    """As `tightfit.profiles.devices.estimate` counts passes over memory: 7 for an update of one step, of four 3 each and
-    another 10.
+    """As `tightfit.profiles.devices.estimate` counts passes over memory: 7 for an update of one step, of four 3 each
+    and another 10.
     """
     one = layers()
     tensors = [

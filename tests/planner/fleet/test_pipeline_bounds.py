@@ -33,7 +33,9 @@ def all_divisions(candidates):
 
 
 def enumerated(candidates, micro_batches):
-    """The shortest step of each division, over all ways to be ahead, every stage planned with just the room that it has."""
+    """The shortest step of each division, over all ways to be ahead, every stage planned with just the room that it
+    has.
+    """
     found = {}
     for division in all_divisions(candidates):
         ways = itertools.product(*[range(micro_batches + 1)] * (len(division) - 1))
@@ -70,7 +72,8 @@ def check_bounds(candidates, micro_batches, found):
         assert {division for division, seconds in found.items() if seconds < math.inf} <= {one for _, one in listed}
 
 
-# --- made-up devices, which plan in no time ----------------------------------------------------------------------------
+# --- made-up devices, which plan in no time
+# ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,8 @@ def test_made_up_devices_that_are_too_many(made):
     assert search.makespan <= best * 1.2 or search.makespan == best == math.inf
 
 
-# --- devices that plan -------------------------------------------------------------------------------------------------
+# --- devices that plan
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"budget": 18 * MIB}, {"latency": 0.05, "rate": 1e6}])

@@ -1,4 +1,6 @@
-"""The judge of pipelines: what a valid one takes, and that every broken one is rejected by the invariant that it breaks."""
+"""The judge of pipelines: what a valid one takes, and that every broken one is rejected by the invariant that it
+breaks.
+"""
 
 from __future__ import annotations
 

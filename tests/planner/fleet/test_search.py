@@ -28,8 +28,8 @@ ROOMS = st.builds(
 
 
 class Formula:
-    """A `Speed` without a planner: below `roomy` bytes a micro-batch takes `slope` longer per MiB, below `least` none fits.
-    Of a room that was not asked for, only what monotony implies is known.
+    """A `Speed` without a planner: below `roomy` bytes a micro-batch takes `slope` longer per MiB, below `least` none
+    fits. Of a room that was not asked for, only what monotony implies is known.
     """
 
     def __init__(self, *, seconds, roomy, slope, least, slack):

@@ -41,7 +41,8 @@ def profile(tmp_path_factory):
     return with_operators(made, lambda one: {"seconds": 1e-3 + one.flops / 1e9, "workspace_bytes": 1 << 14})
 
 
-# --- the device ---------------------------------------------------------------------------------------------------------
+# --- the device
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_blocks_are_chosen_at_even_distances_with_the_last_one():
@@ -95,8 +96,8 @@ def test_a_projection_without_a_pair_is_one_whose_pair_adds_nothing(dtype, bias)
 
 
 def test_messages_are_counted_in_bytes_of_the_wire_and_of_memory(profile):
-    """Labels of 8 bytes, then two tensors whose rows have 64 numbers and a scale, at multiples of 64 bytes after a header of
-    as many.
+    """Labels of 8 bytes, then two tensors whose rows have 64 numbers and a scale, at multiples of 64 bytes after a
+    header of as many.
     """
     rows = {0: 2 * HIDDEN, 8: 4 + HIDDEN, 4: 4 + HIDDEN // 2}
     for bits, row in rows.items():
@@ -119,7 +120,8 @@ def test_blocks_and_bits_that_cannot_be_used_are_refused(profile, blocks, bits, 
         device_forward(profile, blocks, bits)
 
 
-# --- the policy ---------------------------------------------------------------------------------------------------------
+# --- the policy
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_policy_plans_the_forward_and_says_what_its_result_is(profile):
@@ -167,7 +169,8 @@ def test_a_module_and_a_run_without_a_server_are_refused(profile, tmp_path):
         run(plan(profile, BUDGET, policy="mobillm"), "random", steps=1, out=tmp_path / "run")
 
 
-# --- the server ---------------------------------------------------------------------------------------------------------
+# --- the server
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_server_receives_each_activation_before_the_adapter_that_reads_it(profile):
@@ -185,7 +188,8 @@ def test_the_server_receives_each_activation_before_the_adapter_that_reads_it(pr
         server_profile(profile, micro_batches=4)
 
 
-# --- the plan of both ---------------------------------------------------------------------------------------------------
+# --- the plan of both
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_as_long_as_its_slowest_part_and_the_way_there():

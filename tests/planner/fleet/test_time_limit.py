@@ -1,5 +1,5 @@
-"""One time limit for all solves of a call: fleets of 100 and 1,000 members of few device models, with budgets and links of their
-own, are planned with a number of solves that does not grow with the fleet once the time is over.
+"""One time limit for all solves of a call: fleets of 100 and 1,000 members of few device models, with budgets and links
+of their own, are planned with a number of solves that does not grow with the fleet once the time is over.
 """
 
 from __future__ import annotations

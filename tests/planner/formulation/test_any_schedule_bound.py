@@ -1,8 +1,8 @@
-"""What is proven of every plan: of any schedule against programs of a few shares solved by hand, of the class's rows against
-schedules of any decisions carried out, on disks that take their time.
+"""What is proven of every plan: of any schedule against programs of a few shares solved by hand, of the class's rows
+against schedules of any decisions carried out, on disks that take their time.
 
-The planner takes the smaller of a bound and the step that it found, so that a bound which is too high shows in no plan: it would
-only call it optimal.
+The planner takes the smaller of a bound and the step that it found, so that a bound which is too high shows in no plan:
+it would only call it optimal.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ TRIP_COST = (0.5 + 4 * 0.5) + (0.25 + 4 * 0.125)
 
 def test_what_is_not_kept_is_made_again_or_moved():
     says(bound_ms(KEPT, 4), 9)
-    # Three fourths of a: moved as long as the disk is through no later than the cores, which takes them less, then made again.
+    # Three fourths of a: moved as long as the disk is through no later than the cores, which takes them less, then made
+    # again.
     moved = 12 / (TRIP + 4 - TRIP_COST)
     says(bound_ms(KEPT, 1), 9 + 4 * (0.75 - moved) + TRIP_COST * moved)
 
@@ -210,14 +211,14 @@ def test_what_does_not_wait_for_the_loss_may_be_read_before_it():
 SPEEDS = (2e5, 1e6, 5e6)
 """bytes per second: an operator of some ms lets a page or two pass"""
 SEEDS = (0, 1, 3, 4, 8, 10, 11, 12, 23)
-"""with and without weights, trainables, and transfers that cost the cores much time; those of the last three wait for the disk as long
-as a row that is a window off would not allow
+"""with and without weights, trainables, and transfers that cost the cores much time; those of the last three wait for
+the disk as long as a row that is a window off would not allow
 """
 
 
 def schedules(seed):
-    """Of a chain, by rules and by decisions drawn at random, in as little memory as they can do with and in more: its planner,
-    columns and their schedules.
+    """Of a chain, by rules and by decisions drawn at random, in as little memory as they can do with and in more: its
+    planner, columns and their schedules.
     """
     rng = random.Random(seed)
     costs = {"per_byte": 3e-7, "per_transfer": 5e-4} if seed % 4 == 0 else {"per_byte": 0.0, "per_transfer": 0.0}
@@ -259,7 +260,9 @@ def told(problem, columns, limit_bytes, *, careful):
 
 
 def between_steps_alone(kind):
-    """A decision that holds little within a step and unpacked weights from one to the next: an evaluation holds most."""
+    """A decision that holds little within a step and unpacked weights from one to the next: an evaluation holds
+    most.
+    """
     decision = smallest(kind, last=False)
     held = {
         name: next((m for m in weight.modes if m.step_gap == "unpacked" and m.backward_gap == "disk"), weight.modes[0])
@@ -340,7 +343,9 @@ def test_what_the_disk_does_may_wait_as_long_as_there_is_room():
 
 
 def test_what_a_transfer_costs_the_cores_may_be_paid_while_they_wait():
-    """The first layer waits 10 ms for its weights, in which the read of the second's can be asked for: 2 ms that nobody notices."""
+    """The first layer waits 10 ms for its weights, in which the read of the second's can be asked for: 2 ms that nobody
+    notices.
+    """
     made = Figures()
     first = {"forward_seconds": 0.1, "reads_forward": 10.0}
     then = {"forward_seconds": 10.0, "reads_forward": 2.5, "arriving_forward": 2.0}
@@ -365,7 +370,9 @@ def test_what_waits_for_the_disk_takes_memory():
 
 
 def test_no_schedule_is_faster_than_its_columns_rows():
-    """In the very bytes that it takes. By their compute alone the rows would say much less, and careful ones too much."""
+    """In the very bytes that it takes. By their compute alone the rows would say much less, and careful ones too
+    much.
+    """
     ratios, computing, more = [], [], 0
     for seed in SEEDS:
         for planner, columns, schedule in schedules(seed):

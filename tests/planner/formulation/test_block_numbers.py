@@ -20,7 +20,9 @@ def numbers_of_cell(cell):
 
 
 def files_by_number():
-    """Number of a block -> the file in which the table says that it stands; raises AssertionError for two rows of one block."""
+    """Number of a block -> the file in which the table says that it stands; raises AssertionError for two rows of one
+    block.
+    """
     files = {}
     for cell, file in re.findall(r"^\| (\(\d.*?) \|.*\| `(\S+\.py)` \|$", PAGE, re.MULTILINE):
         for number in numbers_of_cell(cell):

@@ -1,5 +1,5 @@
-"""Trainables whose values may lie on disk: the layer model beside the layer's schedule, both bounds beside schedules that were
-carried out, what plans do at small and large budgets, and schedules that lose values.
+"""Trainables whose values may lie on disk: the layer model beside the layer's schedule, both bounds beside schedules
+that were carried out, what plans do at small and large budgets, and schedules that lose values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The planner's optimum against every decision tried one by one, and the layer model against the layer's own schedule."""
+"""The planner's optimum against every decision tried one by one, and the layer model against the layer's own
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def test_the_layer_model_says_what_the_layers_schedule_does(source, seed):
 
 
 def test_the_layer_model_never_counts_more_in_all():
-    """Where it splits a rerun over several events, its backward peak is below that of any schedule; most decisions leave no room for it."""
+    """Where it splits a rerun over several events, its backward peak is below that of any schedule; most decisions
+    leave no room for it.
+    """
     rng, equal, tried = random.Random(0), 0, 0
     for seed in range(12):
         for kind in layered(small_chain(seed)).types:

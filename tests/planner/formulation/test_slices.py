@@ -1,4 +1,6 @@
-"""Matrices in slices and experts of a mixture: weights of their own, of which those of one matrix have one decision in a layer."""
+"""Matrices in slices and experts of a mixture: weights of their own, of which those of one matrix have one decision in
+a layer.
+"""
 
 from __future__ import annotations
 

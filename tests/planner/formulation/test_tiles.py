@@ -34,7 +34,9 @@ def blocks(profile: Profile) -> list[LayerType]:
 
 @pytest.mark.slow
 def test_the_layer_model_says_what_the_layers_schedule_does(tiled: Profile) -> None:
-    """Where every weight is read in the backward: that of another may end with what is made again, which the model leaves open."""
+    """Where every weight is read in the backward: that of another may end with what is made again, which the model
+    leaves open.
+    """
     rng = random.Random(0)
     for kind in blocks(tiled):
         assert kind.tiles == 4

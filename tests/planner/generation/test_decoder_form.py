@@ -1,4 +1,6 @@
-"""Where the values of a step lie: those that live at once share no bytes, and no more is taken than a count by hand says."""
+"""Where the values of a step lie: those that live at once share no bytes, and no more is taken than a count by hand
+says.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,8 @@ def test_layers_that_are_alike_share_a_program_and_values_that_live_at_once_shar
 
 
 def test_a_step_takes_as_many_bytes_as_its_widest_moment() -> None:
-    """While the second of two wide rows is made: two hidden states that pass between layers, the one that attention has been added to,
-    its norm, and the two wide rows, of which the first then takes their product.
+    """While the second of two wide rows is made: two hidden states that pass between layers, the one that attention has
+    been added to, its norm, and the two wide rows, of which the first then takes their product.
     """
     config = CONFIGS["llama"] | {"intermediate_size": 512}
     _, group = family_steps(config, GROUP).steps

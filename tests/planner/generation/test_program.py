@@ -107,7 +107,9 @@ def test_pieces_of_a_kind_are_spread_evenly() -> None:
 
 
 def test_a_head_of_a_format_of_its_own_is_never_unpacked() -> None:
-    """One row at a time is multiplied with it packed, as compiled C does: what unpacking it would take was not measured."""
+    """One row at a time is multiplied with it packed, as compiled C does: what unpacking it would take was not
+    measured.
+    """
     pieces = matrices([(64, 64)] * 2, (320, 64))
     head = dataclasses.replace(pieces[-1], entry=dataclasses.replace(pieces[-1].entry, format="q8"))
     told = figures(pieces[:-1])
@@ -142,8 +144,8 @@ def test_the_memory_of_the_next_longer_context_counts() -> None:
 
 
 def test_the_clock_by_hand() -> None:
-    """Every piece is streamed, and reading takes longer than all else: after two rooms are full, each read begins when its room
-    is free, which is when the piece before the one before is done.
+    """Every piece is streamed, and reading takes longer than all else: after two rooms are full, each read begins when
+    its room is free, which is when the piece before the one before is done.
     """
     asked = problem(prompt_tokens=5, answer_tokens=2)
     pieces = asked.pieces()

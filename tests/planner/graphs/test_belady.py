@@ -15,7 +15,9 @@ MEGABYTE = 1_000_000
 
 
 def pairs(count, *, source=False):
-    """Outputs that are all made first and each read once, in the same order; made from nothing, or from one small source."""
+    """Outputs that are all made first and each read once, in the same order; made from nothing, or from one small
+    source.
+    """
     first = [{"name": "x", "seconds": 0, "output_bytes": 10, "recomputable": False}] if source else []
     inputs = ["x"] if source else []
     made = [{"name": f"a{i}", "seconds": 1e-3, "output_bytes": MEGABYTE, "inputs": inputs} for i in range(count)]

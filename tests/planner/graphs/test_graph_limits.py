@@ -1,4 +1,6 @@
-"""What a plan of a graph says of the clock, that small time limits are limits, and what is said of the smallest budget."""
+"""What a plan of a graph says of the clock, that small time limits are limits, and what is said of the smallest
+budget.
+"""
 
 from __future__ import annotations
 
@@ -105,8 +107,8 @@ def test_the_time_of_a_program_is_shared_by_building_and_solving():
 
 
 def test_seconds_of_the_processor_are_granted_no_longer_than_the_clock_allows():
-    """With both cores busy a second of the processor may be many of the clock: a search that has one by right ends with the limit all
-    the same.
+    """With both cores busy a second of the processor may be many of the clock: a search that has one by right ends with
+    the limit all the same.
     """
     dag = dag_of(graph_profile(layered(24)))
     now = time.monotonic()
@@ -116,7 +118,9 @@ def test_seconds_of_the_processor_are_granted_no_longer_than_the_clock_allows():
 
 
 def test_past_its_limit_nothing_is_begun(monkeypatch):
-    """What takes long to set up is not set up: a graph of a thousand operators would take seconds for each on a busy machine."""
+    """What takes long to set up is not set up: a graph of a thousand operators would take seconds for each on a busy
+    machine.
+    """
     profile = graph_profile(layered(40))
     planner = GraphPlanner(profile)
     asked = []
@@ -147,8 +151,8 @@ def test_checkpoints_of_a_chain_can_be_cut():
 
 
 class Stopwatch:
-    """A clock by which every solver takes all the seconds that it is given, and what lies between two readings 10 µs, however
-    busy the machine is; `asked`: the seconds that solvers are given, one by one.
+    """A clock by which every solver takes all the seconds that it is given, and what lies between two readings 10 µs,
+    however busy the machine is; `asked`: the seconds that solvers are given, one by one.
     """
 
     def __init__(self, monkeypatch):
@@ -313,7 +317,9 @@ def test_a_proven_peak_is_one_that_sizes_add_up_to():
 
 
 def test_of_two_peaks_of_one_height_each_may_be_lowered_alone():
-    """Two equal parts, each with an output that lies through the two runs of its peak and may be made again after them."""
+    """Two equal parts, each with an output that lies through the two runs of its peak and may be made again after
+    them.
+    """
 
     def part(name, start):
         names = [f"{name}{i}" for i in range(6)]

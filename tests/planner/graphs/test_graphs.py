@@ -198,8 +198,8 @@ def test_bytes_are_counted_one_by_one_however_many_there_are():
 
 @pytest.mark.slow
 def test_what_a_program_says_when_its_time_is_up_holds():
-    """Against what it says at its end, with answers and without. Limits are looked for, as processors differ: where a program comes
-    to its end the next is shorter, and where it has no answers yet longer.
+    """Against what it says at its end, with answers and without. Limits are looked for, as processors differ: where a
+    program comes to its end the next is shorter, and where it has no answers yet longer.
     """
     cut = set()
     for seed in range(2):

@@ -1,4 +1,6 @@
-"""Stretches of schedules solved anew: exact on small graphs against brute force, and of use where eviction finds nothing."""
+"""Stretches of schedules solved anew: exact on small graphs against brute force, and of use where eviction finds
+nothing.
+"""
 
 from __future__ import annotations
 

@@ -263,7 +263,9 @@ def planned_at(budget, seconds, bound):
 
 
 def test_a_plan_from_another_budget_is_told_against_the_bounds_of_this_one():
-    """In less memory the search was luckier: its plan is that of all three budgets, and only the first has its bound."""
+    """In less memory the search was luckier: its plan is that of all three budgets, and only the first has its
+    bound.
+    """
     low, here, high = 300 * MIB, 350 * MIB, 400 * MIB
     planner = Told({low: (1.0, 0.9), here: (1.25, 0.8), high: (1.5, 0.7)})
     best, beside = what_if(planner, planned_at(here, 1.25, 0.8), step_bytes=50 * MIB)

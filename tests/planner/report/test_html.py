@@ -74,7 +74,8 @@ def test_every_chart_has_a_table_beside_it(page):
     assert len(page.find("div", **{"class": "step chart-box"})) == len(feasible)
     assert len(page.find("div", **{"class": "chart-box"})) == 1
     assert len(page.find("noscript")) == len(feasible) + 1  # without a script the tables say it
-    # The curve's; per plan what lies at the peak, the facts, the largest tensors and the chart's numbers; the diff's two.
+    # The curve's; per plan what lies at the peak, the facts, the largest tensors and the chart's numbers; the diff's
+    # two.
     assert len(page.find("table")) == 1 + 4 * len(feasible) + 2
     assert len(page.find("caption")) == 1 + 3 * len(feasible) + 1
 

@@ -1,4 +1,6 @@
-"""Arenas searched for: tensors cut from a full rectangle of bytes and time, so that a place without a gap is known to exist."""
+"""Arenas searched for: tensors cut from a full rectangle of bytes and time, so that a place without a gap is known to
+exist.
+"""
 
 from __future__ import annotations
 
@@ -113,8 +115,8 @@ def test_the_solver_finds_places_where_orders_find_none(monkeypatch):
 
 
 def training_step(count, kept, resident, each):
-    """Layers that make `kept` on the way forward and need it on the way back, hold `resident` from the way back to the next
-    way forward, and in between need all but a 64th of what is left for tensors of a few sizes.
+    """Layers that make `kept` on the way forward and need it on the way back, hold `resident` from the way back to the
+    next way forward, and in between need all but a 64th of what is left for tensors of a few sizes.
     """
     chance = random.Random(count)
     items = []
@@ -138,7 +140,9 @@ def training_step(count, kept, resident, each):
 
 @pytest.mark.parametrize(("kept", "resident"), [(20, 30), (30, 20), (40, 10), (10, 40)])
 def test_a_stack_and_its_mirror_image_leave_one_gap(kept, resident):
-    """What grows while the other shrinks lies at the two ends: within 2.5 % of what is live, where rules lose 7 to 15 %."""
+    """What grows while the other shrinks lies at the two ends: within 2.5 % of what is live, where rules lose 7 to 15
+    %.
+    """
     items, length = training_step(24, kept, resident, 8)
     live = int(live_bytes(items, length).max())
     height, offsets = pack(items, 0, length, live, 0)
@@ -158,7 +162,9 @@ def entry(verb, name="", *outputs):
 
 
 def test_where_tensors_lie_by_what_makes_them():
-    """`kept` is there all the time, `state` leaves in training and comes back; of `nothing` there are no bytes to place."""
+    """`kept` is there all the time, `state` leaves in training and comes back; of `nothing` there are no bytes to
+    place.
+    """
     train = (
         entry("spill", "state"),
         entry("free", "state"),
@@ -212,7 +218,9 @@ def test_the_highest_gap():
 
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_what_earlier_tensors_take_becomes_less_as_they_end(count):
-    """Tensors that are all there at entry 0, some without a gap between them: the bytes that are taken at later ones."""
+    """Tensors that are all there at entry 0, some without a gap between them: the bytes that are taken at later
+    ones.
+    """
     chance, end, placed = random.Random(count), 0, []
     for number in range(count):
         size, end = chance.randint(1, 9), end + chance.choice([0, 0, 3])

@@ -17,8 +17,8 @@ def entry(verb, name, *, operator=0, makes=(), seconds=0.0, transfer=0.0):
 
 
 def draft(*, before, small=0.01):
-    """An operator that works for `before` seconds on `held` (40 MiB); then one reads a tensor of 1 MiB, and one a tensor of
-    10 MiB, at 1 s of disk for 100 MiB.
+    """An operator that works for `before` seconds on `held` (40 MiB); then one reads a tensor of 1 MiB, and one a
+    tensor of 10 MiB, at 1 s of disk for 100 MiB.
     """
     entries = (
         entry("run", "", operator=0, makes=("held",)),

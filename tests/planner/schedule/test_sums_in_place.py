@@ -1,4 +1,6 @@
-"""A gradient that several layers' backwards add to, one after the other, in one storage: two values of a program are bound to it."""
+"""A gradient that several layers' backwards add to, one after the other, in one storage: two values of a program are
+bound to it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A model is asked over HTTP, by itself and with a run's adapter: the text comes as it is made, as `tightfit generate` makes it."""
+"""A model is asked over HTTP, by itself and with a run's adapter: the text comes as it is made, as `tightfit generate`
+makes it.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whatever a request holds, and whatever has become of what is stored, no lane stops and every list is answered: what could
-not be shown is not stored, and what cannot be read any more is set aside by name.
+"""Whatever a request holds, and whatever has become of what is stored, no lane stops and every list is answered: what
+could not be shown is not stored, and what cannot be read any more is set aside by name.
 """
 
 from __future__ import annotations

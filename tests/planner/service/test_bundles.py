@@ -1,5 +1,5 @@
-"""Bundles that a service makes for devices: the same as there, nothing of where the model lies, and whatever else is sent
-refused in words.
+"""Bundles that a service makes for devices: the same as there, nothing of where the model lies, and whatever else is
+sent refused in words.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def test_a_service_makes_the_bundle_that_is_made_here(served, request_, tmp_path
 
 @pytest.mark.slow
 def test_a_decoder_of_transformers_needs_none_on_the_device(served, tmp_path):
-    """What its checkpoint calls its tensors is sent; what the decoder consists of comes back, and is enough to open the model."""
+    """What its checkpoint calls its tensors is sent; what the decoder consists of comes back, and is enough to open the
+    model.
+    """
     pytest.importorskip("transformers")
     model = save_model(tmp_path / "model", FAMILIES["GPT-2"])
     request = request_of(headers(str(model)), ProfileOptions(seq=16, lora_targets="attention"))

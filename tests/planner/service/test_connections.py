@@ -35,8 +35,8 @@ LARGE = 64 << 20
 
 
 async def answer(scope, receive, send):
-    """Tells how long the body was; a large body under /large, one that waits under /wait, and one that has begun and waits
-    for its end under /stream.
+    """Tells how long the body was; a large body under /large, one that waits under /wait, and one that has begun and
+    waits for its end under /stream.
     """
     assert scope["type"] == "http"
     size, more = 0, True
@@ -59,7 +59,9 @@ async def answer(scope, receive, send):
 
 @contextlib.contextmanager
 def listening(tmp_path, most=8, context=None):
-    """(address, open connections, an event that ends what waits) of a server in a thread of its own, under TLS with a `context`."""
+    """(address, open connections, an event that ends what waits) of a server in a thread of its own, under TLS with a
+    `context`.
+    """
     waiting, open_now = threading.Event(), Connections(most)
 
     async def app(scope, receive, send):

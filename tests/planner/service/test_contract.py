@@ -1,4 +1,6 @@
-"""Whatever the description allows, and much that it does not: never a 5xx, always the form of answer that is described."""
+"""Whatever the description allows, and much that it does not: never a 5xx, always the form of answer that is
+described.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Files of the service that were damaged on disk, or that a service of another version has left: what they belong to is told by
-name, no list fails because of them, and they are made anew when they are asked for again.
+"""Files of the service that were damaged on disk, or that a service of another version has left: what they belong to is
+told by name, no list fails because of them, and they are made anew when they are asked for again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a service allows itself and its jobs: how many at once, how long, how much memory, what is kept and for how long."""
+"""What a service allows itself and its jobs: how many at once, how long, how much memory, what is kept and for how
+long.
+"""
 
 from __future__ import annotations
 
@@ -326,7 +328,9 @@ def test_a_run_keeps_the_packed_weights_that_it_needs(tmp_path, profile):
 
 
 def test_a_profile_can_be_measured_anew(tmp_path):
-    """A request with `force` is a job of its own, whose worker is told so; the profile that is there answers the others."""
+    """A request with `force` is a job of its own, whose worker is told so; the profile that is there answers the
+    others.
+    """
     with service(tmp_path) as http:
         asked, store = {"config": CONFIG, "seq": 16}, http.app.state.service.store
 

@@ -121,7 +121,9 @@ def pages(http, path, name, **query):
 
 @pytest.mark.slow
 def test_lists_come_in_pages(tmp_path):
-    """Nothing is missed or told twice, though it is stored at the same moment, and what is new does not move the pages."""
+    """Nothing is missed or told twice, though it is stored at the same moment, and what is new does not move the
+    pages.
+    """
     with service(tmp_path) as http:
         own = http.app.state.service
         numbers = range(5)

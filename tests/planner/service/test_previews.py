@@ -1,4 +1,6 @@
-"""Data shown as a run would read them: with the tokenizer of a model that was measured here, from a root or an upload."""
+"""Data shown as a run would read them: with the tokenizer of a model that was measured here, from a root or an
+upload.
+"""
 
 from __future__ import annotations
 

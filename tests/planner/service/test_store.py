@@ -294,7 +294,9 @@ def test_retention_by_bytes_takes_the_longest_unused_and_what_answers_with_it(st
 
 
 def test_retention_takes_no_more_than_it_must(store):
-    """What age takes counts; of the rest that nobody waits for the longest unused go, one by one, until there is room."""
+    """What age takes counts; of the rest that nobody waits for the longest unused go, one by one, until there is
+    room.
+    """
     names = ("old", "needed", "first", "second", "third")
     for name in names:
         store.add(folder_row(name, 1000))

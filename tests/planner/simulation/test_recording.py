@@ -1,4 +1,6 @@
-"""The recorded step is the simulator's: its moments, transfers and bytes are those of the replay that states peak and seconds."""
+"""The recorded step is the simulator's: its moments, transfers and bytes are those of the replay that states peak and
+seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The replay against schedules written out here, every figure of theirs counted by hand; and what each of their edits breaks."""
+"""The replay against schedules written out here, every figure of theirs counted by hand; and what each of their edits
+breaks.
+"""
 
 from __future__ import annotations
 

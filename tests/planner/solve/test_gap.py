@@ -1,4 +1,6 @@
-"""How near the best a plan is said to be, what ends a search, and that no plan is slower than a fixed rule that fits."""
+"""How near the best a plan is said to be, what ends a search, and that no plan is slower than a fixed rule that
+fits.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def test_a_model_s_search_ends_at_the_gap_that_is_asked_for():
 
 @pytest.mark.parametrize("limit", [3.0, 30.0])
 def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_time(monkeypatch, limit):
-    """Until its time is over it has found the slowest rule alone, and everything takes twice as long as on an idle machine."""
+    """Until its time is over it has found the slowest rule alone, and everything takes twice as long as on an idle
+    machine.
+    """
     profile = decoder_like(4, tokens=256, slices=3, on=device(**REAL))
     rules = {policy: ModelPlanner(profile).plan(1 << 40, policy=policy) for policy in POLICIES}
     budget = rules["checkpoint-layers"].peak_bytes

@@ -1,4 +1,6 @@
-"""Whole columns near a mixture: the windows against the planner's own count of bytes, the search against brute force."""
+"""Whole columns near a mixture: the windows against the planner's own count of bytes, the search against brute
+force.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def test_what_hardly_makes_room_does_not_hide_what_does():
 
 
 def test_a_change_that_costs_nothing_makes_room_for_another():
-    """The second layer's windows have no room for the first's faster column until the first holds less in the other way."""
+    """The second layer's windows have no room for the first's faster column until the first holds less in the other
+    way.
+    """
     rows = [table([(0.0, 10.0), (50.0, 10.0), (0.0, 5.0)]) for _ in range(2)]
     between, outside = FIELDS.index("between"), FIELDS.index("outside")
     rows[0][1, between], rows[0][1, outside] = 0.0, 0.0
@@ -158,8 +162,8 @@ def test_what_cannot_be_made_to_fit_is_none_and_takes_no_longer_than_it_may():
 
 
 def test_many_layers_are_fitted_in_time():
-    """Three hundred layers of two types: seconds, of which the search is told to take one. Of the processor: the clock goes on while
-    others have it.
+    """Three hundred layers of two types: seconds, of which the search is told to take one. Of the processor: the clock
+    goes on while others have it.
     """
     chance = np.random.default_rng(0)
     one, other = (chance.uniform(0.0, 100.0, (30, len(FIELDS))) for _ in range(2))
@@ -179,7 +183,9 @@ def test_many_layers_are_fitted_in_time():
 
 
 def drawn(seed, *, layers, width):
-    """(windows, figures and prices by layer, candidates): what holds more takes less time, and a mixture fits exactly."""
+    """(windows, figures and prices by layer, candidates): what holds more takes less time, and a mixture fits
+    exactly.
+    """
     chance = np.random.default_rng(seed)
     figures = []
     for _ in range(layers):
@@ -225,7 +231,9 @@ def test_where_memory_has_no_price_the_rounded_mixtures_are_the_choice(decoder):
 
 @pytest.mark.slow
 def test_mixtures_leave_no_window_short(decoder):
-    """What the linear program leaves free is nowhere less than nothing, and somewhere it is nothing where memory has a price."""
+    """What the linear program leaves free is nowhere less than nothing, and somewhere it is nothing where memory has a
+    price.
+    """
     for times in (1.1, 1.3, 1.6):
         _, relaxed = searched(decoder, times)
         assert relaxed.limit_price > 0

@@ -64,7 +64,9 @@ def test_a_curve_costs_less_than_its_budgets_alone():
 
 @pytest.mark.slow
 def test_what_one_budget_proves_holds_at_every_other(tall):
-    """A bound carried over is never above the master, priced from nothing; between two near budgets it is nearly that."""
+    """A bound carried over is never above the master, priced from nothing; between two near budgets it is nearly
+    that.
+    """
     smallest = tall.plan(1 << 45, policy="mebp").peak_bytes
     carried = ModelPlanner(tall.profile)
     for share in (1.2, 1.5, 1.8):
@@ -306,7 +308,9 @@ def test_where_a_rule_fits_no_limit_says_that_nothing_does(sixfold, policy):
 
 @pytest.mark.slow
 def test_near_the_smallest_budget_transfers_find_room():
-    """Columns that leave some free are priced where a plan of the others waits for the disk for longer than is looked at."""
+    """Columns that leave some free are priced where a plan of the others waits for the disk for longer than is looked
+    at.
+    """
     profile = decoder_profile(16)
     planner = ModelPlanner(profile)
     made = ModelPlanner(profile).plan(int(1.05 * planner.minimum_bytes(time_limit=100)), time_limit=60)

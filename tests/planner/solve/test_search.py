@@ -1,4 +1,6 @@
-"""The search at a budget: what it keeps when time or the user ends it, what it proves of which plans, what it uses again."""
+"""The search at a budget: what it keeps when time or the user ends it, what it proves of which plans, what it uses
+again.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +187,8 @@ def test_a_warm_start_that_wanders_is_broken_off(monkeypatch):
 
 @pytest.mark.parametrize(("deadline", "passes"), [(math.inf, 2), (0.0, 1)])
 def test_transfers_past_the_deadline_are_ordered_once(monkeypatch, deadline, passes):
-    # The disk is so slow that every pass waits for it: none is the last by itself. The second gains nothing over the first.
+    # The disk is so slow that every pass waits for it: none is the last by itself. The second gains nothing over the
+    # first.
     problem = layered(decoder_like(2, tokens=256, slices=3, on=device(read=1e6)))
     draft = CyclePart(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
@@ -465,7 +468,9 @@ def test_the_smallest_arena_is_looked_for_only_where_one_found_at_once_is_too_la
 
 
 def test_a_search_starts_from_all_that_is_kept_beside_weights_that_are_streamed():
-    """No rule keeps activations and streams weights; near the fastest plans of many budgets, nothing is priced for it."""
+    """No rule keeps activations and streams weights; near the fastest plans of many budgets, nothing is priced for
+    it.
+    """
     problem = layered(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
     pool = Solver(problem).pool
     columns = (rule_columns(problem, rule) for rule in (all_streamed, keep_all, mebp))

@@ -51,7 +51,9 @@ def test_standard_output_comes_back_after_threads_that_overlap(monkeypatch):
 
 
 def led_away():
-    """How many descriptors lead to where standard output does, or nowhere. Others come and go with what earlier tests left behind."""
+    """How many descriptors lead to where standard output does, or nowhere. Others come and go with what earlier tests
+    left behind.
+    """
     places = [os.fstat(1), Path(os.devnull).stat()]
     count = 0
     for path in DESCRIPTORS.iterdir():

@@ -29,9 +29,11 @@ from tightfit.profiles.graph_input import graph_profile
 
 
 def interrupted(seconds, call):
-    """`call` ends by the Ctrl-C that comes after so many seconds. However late anything is, that is nowhere but where it is caught.
+    """`call` ends by the Ctrl-C that comes after so many seconds. However late anything is, that is nowhere but where
+    it is caught.
 
-    Python drops what is raised in the callback of a weak reference: no garbage of other tests may be collected meanwhile.
+    Python drops what is raised in the callback of a weak reference: no garbage of other tests may be collected
+    meanwhile.
     """
     gc.collect()
     gc.disable()

@@ -96,7 +96,8 @@ MATRICES = {"x": ("bfloat16", 256, 896), "w": ("bfloat16", 4864, 896), "y": ("bf
         # Our gated product makes 3.7 passes on a CPU and one on a card.
         ("cpu", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 3.7 * 3e-6 + 1e-6),
         ("cuda", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 3e-6 + 1e-6),
-        # Attention is float32 inside on a CPU, reaches 1.5 times its rate (it leaves out most of the future) and makes 15 passes; on a card it runs in bfloat16.
+        # Attention is float32 inside on a CPU, reaches 1.5 times its rate (it leaves out most of the future) and makes
+        # 15 passes; on a card it runs in bfloat16.
         (
             "cpu",
             dict.fromkeys("qkvcy", ("bfloat16", 4, 4)),
@@ -238,7 +239,8 @@ def test_without_flops_nothing_can_be_told():
         retarget(decoder_like(2, tokens=64, slices=2, slice_rows=256), made_up())
 
 
-# --- descriptions ------------------------------------------------------------------------------------------------------
+# --- descriptions
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_known_device_is_whole_and_found_by_its_name():
@@ -352,7 +354,9 @@ def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_pa
 
 @pytest.mark.slow
 def test_attention_has_scratch_where_the_device_needs_it(tmp_path):
-    """On a CPU float32 copies and scores of 2 samples of 4 tokens; a card attends in bfloat16, and what was planned for one comes back for a CPU."""
+    """On a CPU float32 copies and scores of 2 samples of 4 tokens; a card attends in bfloat16, and what was planned for
+    one comes back for a CPU.
+    """
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     on_card = profile(str(tmp_path / "config.json"), seq=4, batch=2, device="rtx-4060")
     on_cpu = profile(str(tmp_path / "config.json"), seq=4, batch=2, device="zen4-2core")

@@ -37,8 +37,8 @@ def sleep(address, size, offset):
 
 
 class Products:
-    """A group that counts how often a transfer was under way when it ended. It lasts a tenth of one however busy the cores are,
-    which real products do not.
+    """A group that counts how often a transfer was under way when it ended. It lasts a tenth of one however busy the
+    cores are, which real products do not.
     """
 
     def __init__(self):
@@ -65,7 +65,9 @@ def test_figures_are_those_of_a_transfer_beside_a_computation(channel):
 
 @pytest.mark.slow
 def test_transfers_are_measured_one_behind_the_other_and_each_counts_its_own_time(channel):
-    """As in a run, whose plan has several under way: what a transfer waits for those before it is the queue's time, not its own."""
+    """As in a run, whose plan has several under way: what a transfer waits for those before it is the queue's time, not
+    its own.
+    """
     waiting, most = 0, 0
     submit = channel.submit
 

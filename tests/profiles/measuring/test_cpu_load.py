@@ -1,4 +1,6 @@
-"""What is measured beside other programs is known to be, and measured again once these are idle; and the cache knows where the model lies."""
+"""What is measured beside other programs is known to be, and measured again once these are idle; and the cache knows
+where the model lies.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,8 @@ def test_what_is_measured_under_a_quota_is_what_calls_take_under_it(tmp_path):
             except OSError:
                 time.sleep(0.1)
     assert (told["threads"], told["quota"]) == (1, 0.3)
-    # Without the quota's part of it the prediction would be less than a third of this. The wide range is for other work.
+    # Without the quota's part of it the prediction would be less than a third of this. The wide range is for other
+    # work.
     assert 0.6 < told["mean"] / told["predicted"] < 2.0, told
 
 

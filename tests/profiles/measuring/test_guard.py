@@ -1,4 +1,6 @@
-"""Operators write their outputs and nothing else: those that would not are found when they are measured, and run another way."""
+"""Operators write their outputs and nothing else: those that would not are found when they are measured, and run
+another way.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ LOSSES: dict[str, list[Any]] = {
 }
 """class -> what makes its arguments behind the input"""
 ELSEWHERE = {"CTCLoss", "LinearCrossEntropyLoss", "NLLLoss2d"}
-"""CTCLoss sizes its workspace by the lengths that it is given and is refused, the second is a layer too, the third another name"""
+"""CTCLoss sizes its workspace by the lengths that it is given and is refused, the second is a layer too, the third
+another name
+"""
 
 
 def test_every_loss_of_torch_is_tried():

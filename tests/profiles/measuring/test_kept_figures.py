@@ -185,7 +185,9 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, content: str) -> None:
 
 
 def test_bytes_outlive_a_machine_of_another_speed(tmp_path: Path) -> None:
-    """Else two profiles of one model, measured one after the other, differ by how their floors happened to be measured."""
+    """Else two profiles of one model, measured one after the other, differ by how their floors happened to be
+    measured.
+    """
     path = tmp_path / "machine.json"
     kept = KeptFigures(path)
     kept.note("floor", [], {"resident_bytes": 1})

@@ -1,4 +1,6 @@
-"""Measuring holds no more memory than it is given and was predicted; what cannot be measured within it is refused at once."""
+"""Measuring holds no more memory than it is given and was predicted; what cannot be measured within it is refused at
+once.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def value(name: str, size: int, kind: str, dtype: str = "float32") -> dict[str, 
 @settings(max_examples=300, deadline=None)
 @given(programs(), st.sampled_from([None, 0, 5 * KIB, 1 << 20]))
 def test_what_an_operator_reads_is_what_was_made_or_given(program, weight_bytes):
-    """Each byte of a simulated arena says which tensor it was last written for. Two rounds are run, as when operators are timed."""
+    """Each byte of a simulated arena says which tensor it was last written for. Two rounds are run, as when operators
+    are timed.
+    """
     placement = place(program, weight_bytes)
     sizes = {one["name"]: one["bytes"] for one in program["values"]}
     weights = {one["name"] for one in program["values"] if one["kind"] == "weight"}

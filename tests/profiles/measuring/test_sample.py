@@ -1,4 +1,6 @@
-"""Of a program in tiles three tiles are run to measure it; what the operators of the others take follows from theirs."""
+"""Of a program in tiles three tiles are run to measure it; what the operators of the others take follows from
+theirs.
+"""
 
 from __future__ import annotations
 

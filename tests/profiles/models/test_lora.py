@@ -1,4 +1,6 @@
-"""Which linear layers get LoRA pairs, and of what rank and scale, against what PEFT makes of the adapter_config.json."""
+"""Which linear layers get LoRA pairs, and of what rank and scale, against what PEFT makes of the
+adapter_config.json.
+"""
 
 import dataclasses
 import json

@@ -114,7 +114,9 @@ def test_floats_are_written_as_transformers_writes_them(value: float) -> None:
 
 @pytest.mark.parametrize("name", ["rwkv", "mamba", "xlstm"])
 def test_models_without_attention_are_refused(name: str) -> None:
-    """RWKV calls what mixes its tokens attention, and its loop over them writes in place, which autograd cannot follow."""
+    """RWKV calls what mixes its tokens attention, and its loop over them writes in place, which autograd cannot
+    follow.
+    """
     config = default(name)
     assert config is not None
     assert "decoders of transformers that have attention layers" in answer(config)

@@ -1,4 +1,6 @@
-"""What programs give in the place of a model, and what a module of one's own may hold: taken, or refused with what to give."""
+"""What programs give in the place of a model, and what a module of one's own may hold: taken, or refused with what to
+give.
+"""
 
 from __future__ import annotations
 

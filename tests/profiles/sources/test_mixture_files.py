@@ -1,4 +1,6 @@
-"""Files of mixtures of experts: what is stored are the values that transformers reads, and what the file's types hold."""
+"""Files of mixtures of experts: what is stored are the values that transformers reads, and what the file's types
+hold.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def test_directories_hold_experts_apart_or_together(fused: bool, tmp_path: Path)
 
 
 def test_mxfp4_of_gpt_oss_is_kept_code_for_code(tmp_path: Path) -> None:
-    """The values are those of transformers' own conversion; gates and ups stand in turn there and one after the other here."""
+    """The values are those of transformers' own conversion; gates and ups stand in turn there and one after the other
+    here.
+    """
     convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
     config = sized("gpt_oss", head_dim=16, num_local_experts=EXPERTS, num_experts_per_tok=2, intermediate_size=WIDTH)
     checkpoint(config, tmp_path / "model")

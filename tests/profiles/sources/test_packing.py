@@ -1,4 +1,6 @@
-"""Opening a model imports no PyTorch; its weights are packed by a worker of little memory, to the same bytes as in this process."""
+"""Opening a model imports no PyTorch; its weights are packed by a worker of little memory, to the same bytes as in this
+process.
+"""
 
 from __future__ import annotations
 

@@ -775,7 +775,9 @@ value = 3
 
 @pytest.fixture
 def enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    """Work in a folder of the test's; the path is put right afterwards, and what was imported from there is forgotten."""
+    """Work in a folder of the test's; the path is put right afterwards, and what was imported from there is
+    forgotten.
+    """
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield monkeypatch.chdir
     for name, module in list(sys.modules.items()):

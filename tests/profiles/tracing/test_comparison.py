@@ -1,4 +1,6 @@
-"""A module's programs beside PyTorch in several steps: equal ones pass, others are refused, and what is not compared is said."""
+"""A module's programs beside PyTorch in several steps: equal ones pass, others are refused, and what is not compared is
+said.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Modules with a state, or with random numbers of others: each is refused by name or computes what it does in PyTorch."""
+"""Modules with a state, or with random numbers of others: each is refused by name or computes what it does in
+PyTorch.
+"""
 
 from __future__ import annotations
 

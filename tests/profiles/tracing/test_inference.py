@@ -1,4 +1,6 @@
-"""What runs where no backward follows: the loss head without its gradient, in evaluations and in MeZO's two forwards."""
+"""What runs where no backward follows: the loss head without its gradient, in evaluations and in MeZO's two
+forwards.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Steps whose frozen matrices are multiplied a slice of rows at a time: the same losses and gradients as with whole ones."""
+"""Steps whose frozen matrices are multiplied a slice of rows at a time: the same losses and gradients as with whole
+ones.
+"""
 
 from __future__ import annotations
 

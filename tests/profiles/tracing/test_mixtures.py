@@ -1,4 +1,6 @@
-"""Steps of a mixture of experts that is written by hand, with tiles of every kind: losses and gradients of transformers and peft."""
+"""Steps of a mixture of experts that is written by hand, with tiles of every kind: losses and gradients of transformers
+and peft.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A module's own gradients: custom autograd Functions run as they are, torch.no_grad() holds, hooks are refused by name."""
+"""A module's own gradients: custom autograd Functions run as they are, torch.no_grad() holds, hooks are refused by
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Operators for tiles of a long row as torch sees them: gradients through a loop over tiles, shapes of fake tensors, programs."""
+"""Operators for tiles of a long row as torch sees them: gradients through a loop over tiles, shapes of fake tensors,
+programs.
+"""
 
 from __future__ import annotations
 

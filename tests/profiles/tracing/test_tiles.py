@@ -68,7 +68,9 @@ def test_float32_loss_and_lora_gradients_match_autograd(
 @pytest.mark.slow_but_for("half a row")
 @pytest.mark.parametrize("tile", ["half a row", "an eighth of a row"])
 def test_samples_that_share_a_row_keep_their_borders(tile: str) -> None:
-    """Borders lie inside tiles and between them; the reference is the step of all tokens at once, which is held against autograd."""
+    """Borders lie inside tiles and between them; the reference is the step of all tokens at once, which is held against
+    autograd.
+    """
     config = CONFIGS["gemma3_text"]
     weights, data = random_weights(config, torch.float32), shared_batch(config, BATCH, SEQ)
     loss, gradients = loss_and_gradients(trace_decoder(config, torch.float32, BATCH, SEQ), weights, data)

@@ -20,7 +20,9 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import trained_name
 
 FEW, SIZES = (3, 29), {"gemma3_text": (11, 29), "llama": (1, 300)}
-"""(batch, tokens): attention in one call, in two of which the last has fewer samples, and of one sample longer than usual"""
+"""(batch, tokens): attention in one call, in two of which the last has fewer samples, and of one sample longer than
+usual
+"""
 
 
 def reference(
@@ -52,8 +54,9 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str, batch: int,
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str) -> None:
-    """Exact: float32 autograd on the same bfloat16-rounded weights. The yardstick: autograd in bfloat16, over all tensors,
-    since gradients of q and k are small differences whose single errors are chance."""
+    """Exact: float32 autograd on the same bfloat16-rounded weights. The yardstick: autograd in bfloat16, over all
+    tensors, since gradients of q and k are small differences whose single errors are chance.
+    """
     config = CONFIGS[family]
     weights, data = random_weights(config, torch.bfloat16), random_batch(config, *FEW)
     made = interpret(trace_decoder(config, torch.bfloat16, *FEW), weights, data)

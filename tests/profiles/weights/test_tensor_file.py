@@ -1,4 +1,6 @@
-"""Safetensors files whose tensors are read a part at a time: the same numbers as the safetensors package reads, none of a damaged file."""
+"""Safetensors files whose tensors are read a part at a time: the same numbers as the safetensors package reads, none of
+a damaged file.
+"""
 
 from __future__ import annotations
 

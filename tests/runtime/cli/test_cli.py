@@ -28,7 +28,9 @@ FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB,
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Let `plan` load any profile and answer with a given plan; the solver itself, and rehearsals, have their own tests."""
+    """Let `plan` load any profile and answer with a given plan; the solver itself, and rehearsals, have their own
+    tests.
+    """
     from tightfit.planner import plan as planner_plan
     from tightfit.profiles import io as profiles_io
     from tightfit.runtime.cli import plan as plan_command

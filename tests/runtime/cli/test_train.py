@@ -1,4 +1,6 @@
-"""`tightfit train`: its options are those of its stages; files of options; what it keeps of an earlier call; how it ends."""
+"""`tightfit train`: its options are those of its stages; files of options; what it keeps of an earlier call; how it
+ends.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Processes of our own: none starts with the working folder on its path, and none puts what is installed before the standard library."""
+"""Processes of our own: none starts with the working folder on its path, and none puts what is installed before the
+standard library.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ def under(size, *words, cwd=ROOT, program=("-m", "tightfit.runtime.cli.main")):
     ids=lambda words: words[0],
 )
 def test_a_command_that_cannot_load_its_libraries_says_which_limit_keeps_it_from_it(words):
-    """Of 200 MiB not one of them loads PyTorch or a solver. (`run` needs neither before its training process starts.)"""
+    """Of 200 MiB not one of them loads PyTorch or a solver. (`run` needs neither before its training process
+    starts.)
+    """
     ended = under(200 * MIB, *words)
     error = json.loads(ended.stdout)["error"]
     told = TOLD.format("200.0 MiB", 204800)

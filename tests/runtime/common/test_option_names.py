@@ -1,5 +1,5 @@
-"""Messages name an option as the door does through which the user came: in Python by its name, at the command line by its words,
-with a file of options by its key.
+"""Messages name an option as the door does through which the user came: in Python by its name, at the command line by
+its words, with a file of options by its key.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ DOORS = (
     "runtime/federated/fleet_api.py",
     "runtime/federated/device.py",
 )
-"""the command line and the service; and the process of a device of federated rounds, which its own command line starts"""
+"""the command line and the service; and the process of a device of federated rounds, which its own command line
+starts
+"""
 
 
 def refusals(record: Any, **beside: Any) -> Iterator[tuple[str, str]]:
@@ -114,7 +116,9 @@ def raised_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def sentences(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, words) of a file's texts of several words, whoever says them later, but for docstrings and what is said of options."""
+    """(line, words) of a file's texts of several words, whoever says them later, but for docstrings and what is said of
+    options.
+    """
     silent = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     silent += [node for node in calls if node.func.id in ("option", "Field")]
@@ -130,7 +134,9 @@ def sentences(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.slow
 def test_no_error_of_the_library_has_an_option_of_the_command_line_in_it() -> None:
-    """But in commands, which stand in backquotes, those of other programs and styles of pages; nor a name of Python's with more than one word."""
+    """But in commands, which stand in backquotes, those of other programs and styles of pages; nor a name of Python's
+    with more than one word.
+    """
     rooms = [PACKAGE / name for name in ("planner", "profiles", "runtime")]
     files = {
         f"{room.name}/{file.relative_to(room.resolve())}": file

@@ -1,4 +1,6 @@
-"""Whatever is read from outside is bounded before it is read: JSON, files that are none, headers that claim more than there is."""
+"""Whatever is read from outside is bounded before it is read: JSON, files that are none, headers that claim more than
+there is.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A chat template is a stranger's program: whatever it does ends, in bounded memory, with a text or with an InputError."""
+"""A chat template is a stranger's program: whatever it does ends, in bounded memory, with a text or with an
+InputError.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def renders_little_or_is_refused(template):
 
 @pytest.mark.parametrize("template", [*LARGE, *FAILING])
 def test_no_template_takes_for_ever_or_fails_otherwise(template):
-    """Those of `LARGE` are refused by their count: what Python would make of them does not fit into the memory of the test."""
+    """Those of `LARGE` are refused by their count: what Python would make of them does not fit into the memory of the
+    test.
+    """
     renders_little_or_is_refused(template)
 
 
@@ -176,7 +180,9 @@ def test_every_program_ends_with_a_text_or_an_input_error(inner, rest):
 
 
 def test_long_conversations_are_rendered(monkeypatch):
-    """The steps grow with what is rendered: a template that goes through everything some twenty times takes any length."""
+    """The steps grow with what is rendered: a template that goes through everything some twenty times takes any
+    length.
+    """
     monkeypatch.setattr(bounded_template, "STEPS", 10_000)
     template = (
         "{% for m in messages %}" + "{% if '<x>' in m.content.strip() %}{{ m.content.split('<x>')[0] }}{% endif %}" * 8

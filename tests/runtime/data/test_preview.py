@@ -1,4 +1,6 @@
-"""A preview shows what a run's records hold: the same tokens learned, the same samples cut and refused, the same padding."""
+"""A preview shows what a run's records hold: the same tokens learned, the same samples cut and refused, the same
+padding.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Adafactor's updates of one trainable against torch.optim.Adafactor: matrices, vectors, kernels of convolutions, pairs of
-factors; several gradients to an update, clipped ones; the same bits whatever the number of threads.
+"""Adafactor's updates of one trainable against torch.optim.Adafactor: matrices, vectors, kernels of convolutions, pairs
+of factors; several gradients to an update, clipped ones; the same bits whatever the number of threads.
 """
 
 from __future__ import annotations

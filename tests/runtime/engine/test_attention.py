@@ -1,5 +1,5 @@
-"""Attention against PyTorch's own in double precision: shapes that do and do not divide into blocks, groups of heads, masks,
-rows of several samples.
+"""Attention against PyTorch's own in double precision: shapes that do and do not divide into blocks, groups of heads,
+masks, rows of several samples.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def reference(tensors, cos, sin, mask, heads, kv_heads, scale):
 
 
 def positions_of(lengths, seq):
-    """int64 [n, T] of rows that hold samples of these lengths; what is left of a row is padding, a sample of its own."""
+    """int64 [n, T] of rows that hold samples of these lengths; what is left of a row is padding, a sample of its
+    own.
+    """
     rows = []
     for row in lengths:
         counted = [place for length in [*row, seq - sum(row)] for place in range(length)]

@@ -1,5 +1,5 @@
-"""Stubs in the place of libraries that PyTorch links and never calls. In the build for the CPU, `libshm` plays those of CUDA; in
-that for CUDA it is replaced beside them.
+"""Stubs in the place of libraries that PyTorch links and never calls. In the build for the CPU, `libshm` plays those of
+CUDA; in that for CUDA it is replaced beside them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The seam for other devices: an engine on an arena apart from host memory computes the same bits, by copies that it asks for."""
+"""The seam for other devices: an engine on an arena apart from host memory computes the same bits, by copies that it
+asks for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""PyTorch's operators in forms that write into given tensors: the same results, nothing made beside them, unused outputs left out."""
+"""PyTorch's operators in forms that write into given tensors: the same results, nothing made beside them, unused
+outputs left out.
+"""
 
 from __future__ import annotations
 

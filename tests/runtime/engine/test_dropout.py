@@ -1,5 +1,5 @@
-"""Dropout's masks against SplitMix64 in plain integers, and its operators against float64 and PyTorch autograd; all of it in
-compiled C and in PyTorch alone.
+"""Dropout's masks against SplitMix64 in plain integers, and its operators against float64 and PyTorch autograd; all of
+it in compiled C and in PyTorch alone.
 """
 
 import math
@@ -25,7 +25,9 @@ from tightfit.runtime.engine.weights import native
 
 P, SITE, SCALE = 0.3, 5, 2.0
 SHAPES = [(5, 7), (96, 64), (90, 1030)]
-"""tokens and columns: fewer than a word's elements are left of a row; one block; with `small_blocks` many, the last not full"""
+"""tokens and columns: fewer than a word's elements are left of a row; one block; with `small_blocks` many, the last not
+full
+"""
 ULP = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 BOTH = ["PyTorch", pytest.param("compiled", marks=needs_compiler)]

@@ -59,7 +59,9 @@ def plainly(
 
 
 def adapted(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The matrices of all experts, one below the other, each with the product of its pair, as PEFT has them in `a` and `b`."""
+    """The matrices of all experts, one below the other, each with the product of its pair, as PEFT has them in `a` and
+    `b`.
+    """
     of_expert = a.view(EXPERTS, RANK, -1), b.view(-1, RANK, EXPERTS)
     return matrix + SCALE * torch.einsum("eri,ore->eoi", *of_expert).flatten(0, 1)
 

@@ -58,7 +58,9 @@ def test_a_job_without_any():
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
-    """Bytes by number of layers: what a loaded job holds, and what saving and resuming take for a moment, in Python's own memory."""
+    """Bytes by number of layers: what a loaded job holds, and what saving and resuming take for a moment, in Python's
+    own memory.
+    """
     return {layers: _held(layers, tmp_path_factory.mktemp(f"deep-{layers}")) for layers in LAYERS}
 
 

@@ -21,13 +21,16 @@ MODULES = {
 CHOSEN = {name for name, call in OPERATORS.items() if call.__module__.rpartition(".")[2] in MODULES} | {
     "tightfit.head_weighted"
 }
-"""of settings of LoRA that few choose, of pairs of answers, of tiles of a text, of mixtures, and of modules: a run that has them warms them itself, with its own
-shapes; and of answers, which no training process computes"""
+"""of settings of LoRA that few choose, of pairs of answers, of tiles of a text, of mixtures, and of modules: a run that
+has them warms them itself, with its own shapes; and of answers, which no training process computes
+"""
 
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_every_fused_operator_is_warmed_but_products_only_where_they_leave_nothing_behind(monkeypatch, narrow):
-    """oneDNN, which multiplies bfloat16 where the processor does, keeps 0.6 MB for each product of shapes that no model has."""
+    """oneDNN, which multiplies bfloat16 where the processor does, keeps 0.6 MB for each product of shapes that no model
+    has.
+    """
     ran = []
 
     def recording(name, call):

@@ -102,8 +102,8 @@ def first_of_each_size(operators):
 
 
 def warmed(profile, size):
-    """(operators that are different ones, how often those of each name were called by the tiles that they attend to) in an arena of so many
-    bytes.
+    """(operators that are different ones, how often those of each name were called by the tiles that they attend to) in
+    an arena of so many bytes.
     """
     device = Cpu(size, Meter(1 << 60))
     operators = {o.call: o for bound in bind(headers(profile), device, None) for o in bound}.values()
@@ -142,7 +142,9 @@ def side_by_side(operator):
 
 @pytest.mark.slow
 def test_of_equal_products_one_is_made_and_all_have_their_views(tmp_path):
-    """Views stay, so that what they take is there before anything is loaded. Attention to three tiles makes the products of that to two."""
+    """Views stay, so that what they take is there before anything is loaded. Attention to three tiles makes the
+    products of that to two.
+    """
     operators, counted = warmed(decoder_profile(tmp_path, batch=1, seq=40, tile=8), 1 << 24)
     forward, backward = TILES_AT
     assert tiles_called(counted, forward) == {1, 2}

@@ -1,4 +1,6 @@
-"""The fused operators by themselves: gates beside autograd, what an id below 0 means for rows gathered, where the time goes in a report."""
+"""The fused operators by themselves: gates beside autograd, what an id below 0 means for rows gathered, where the time
+goes in a report.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Rows:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 1.2e-2)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gates_and_their_gradients(activation, dtype, tolerance, monkeypatch):
-    """Beside autograd in double precision, from where a gate is shut to where it is open; the last block is a shorter one."""
+    """Beside autograd in double precision, from where a gate is shut to where it is open; the last block is a shorter
+    one.
+    """
     monkeypatch.setattr("tightfit.runtime.engine.cpu.gates.BLOCK_ELEMENTS", 2 * 1001)
     torch.manual_seed(0)
     gate = (torch.linspace(-40, 40, 5 * 1001).view(5, 1001) + 0.1 * torch.rand(5, 1001)).to(dtype)

@@ -1,5 +1,5 @@
-"""Samples that share the rows of batches: each once in an epoch or an evaluation, in rows that hold them, the same for every
-process.
+"""Samples that share the rows of batches: each once in an epoch or an evaluation, in rows that hold them, the same for
+every process.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def floor(**extra: str) -> tuple[dict[str, int], int]:
     return told, most
 
 
-# --- what moves ---------------------------------------------------------------------------------------------------------
+# --- what moves
+# ---------------------------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -196,7 +197,9 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 @pytest.mark.slow
 @needs_disk
 def test_the_start_may_be_tried_in_another_process_first():
-    """An unknown version of torch is tried in a forked process, which moves its own heap: a cap holds for it as well."""
+    """An unknown version of torch is tried in a forked process, which moves its own heap: a cap holds for it as
+    well.
+    """
     done = lean(
         "import resource; from tightfit.runtime.engine.start import lean_torch; lean_torch.torch_interface.untried = str; print(lean_torch.load());"
         "import torch; print(torch.ops.aten.add.Tensor(torch.ones(2), 1).tolist());"
@@ -241,7 +244,9 @@ def test_a_heap_that_shrinks_and_grows_is_kept():
 
 @needs_disk
 def test_what_is_still_a_copy_of_a_file_is_given_back_where_it_may_be_written_too(tmp_path):
-    """Symbol tables lie in writable mappings where a library was edited after it had been linked, as those of PyTorch for CUDA are."""
+    """Symbol tables lie in writable mappings where a library was edited after it had been linked, as those of PyTorch
+    for CUDA are.
+    """
     (tmp_path / "library").write_bytes(b"a" * 8 * 4096)
     code = (
         "import ctypes, mmap; from array import array; from tightfit.runtime.engine.start import page_out\n"
@@ -279,7 +284,8 @@ def test_a_disk_that_refuses_at_the_end_is_told_and_loses_nothing(tmp_path):
     assert whole == "True"
 
 
-# --- where it cannot be -------------------------------------------------------------------------------------------------
+# --- where it cannot be
+# -------------------------------------------------------------------------------------------------
 
 
 def test_without_a_compiler_all_stays_in_memory(tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ PAIRS, SEQ, WORDS, BETA = 3, 11, 17, 0.3
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logits, labels of answers, labels of prompts and answers, places where answers begin); answers of 1 to 6 tokens."""
+    """(logits, labels of answers, labels of prompts and answers, places where answers begin); answers of 1 to 6
+    tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2 * PAIRS, SEQ, WORDS, generator=generator, requires_grad=True)
     tokens = torch.randint(0, WORDS, (2 * PAIRS, SEQ), generator=generator)

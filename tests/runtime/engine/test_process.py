@@ -247,7 +247,9 @@ print(json.dumps({"whole": touched(lambda: None), "split": touched(process.split
 
 
 def test_a_page_of_a_file_comes_alone_however_the_page_cache_holds_it(tmp_path):
-    """Where it has folios of 2 MiB, Linux 6.18 maps one as a whole: a step's peak was 1.9 MiB above the predicted one."""
+    """Where it has folios of 2 MiB, Linux 6.18 maps one as a whole: a step's peak was 1.9 MiB above the predicted
+    one.
+    """
     answer = lean(LARGE_FOLIOS, tmp_path / "library", process.SPARE_MAPPINGS + 60000)
     grown, made = answer["split"]
     assert grown <= 8 * (64 << 10) + (256 << 10)  # and what Python maps of its own meanwhile

@@ -1,4 +1,6 @@
-"""Products of bfloat16 on processors without instructions for it: equal to the exact sums within one rounding, in little memory."""
+"""Products of bfloat16 on processors without instructions for it: equal to the exact sums within one rounding, in
+little memory.
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ def tiled(tensors, tile, positions, heads, kv_heads, scale, window, *, in_place=
 
 
 def compared(shape, dtype, tolerance, *, positions=None, window=0):
-    """Compare attention by tiles and its gradients with PyTorch's over the row, and with the same once more, in place."""
+    """Compare attention by tiles and its gradients with PyTorch's over the row, and with the same once more, in
+    place.
+    """
     tiles, tile, heads, kv_heads, width = shape
     seq = tiles * tile
     torch.manual_seed(seq)

@@ -1,5 +1,5 @@
-"""Operators get tensors whose storages are their own, wherever they lie in the arena: PyTorch's kernels see nothing of what lies
-before.
+"""Operators get tensors whose storages are their own, wherever they lie in the arena: PyTorch's kernels see nothing of
+what lies before.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ OVER_ORDER = Order(round=OVER, seconds=5.0)
 
 
 class Server:
-    """What a node reaches; `says` are the errors with which it answers one request to join after the other, "" for none."""
+    """What a node reaches; `says` are the errors with which it answers one request to join after the other, "" for
+    none.
+    """
 
     endpoint = Endpoint(host="server", port=9092)
 

@@ -1,4 +1,6 @@
-"""The server's rounds over devices that are made up: who is asked, who counts, and what a killed server goes on with."""
+"""The server's rounds over devices that are made up: who is asked, who counts, and what a killed server goes on
+with.
+"""
 
 import json
 import shutil

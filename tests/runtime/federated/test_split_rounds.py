@@ -1,4 +1,6 @@
-"""Split rounds on the server's side, over devices and runs that are made up: who is served when, what counts, what is left out."""
+"""Split rounds on the server's side, over devices and runs that are made up: who is served when, what counts, what is
+left out.
+"""
 
 import hashlib
 import itertools

@@ -1,4 +1,6 @@
-"""`tightfit generate` and `tightfit chat` as a person uses them: what transformers answers, within the memory that was said."""
+"""`tightfit generate` and `tightfit chat` as a person uses them: what transformers answers, within the memory that was
+said.
+"""
 
 from __future__ import annotations
 
@@ -132,8 +134,8 @@ def test_prompts_from_a_file(model: Path, exact: Any, adapter: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_long_prompt_stays_within_its_plan(tmp_path: Path) -> None:
-    """It goes through the layers in passes of groups, whose keys become more and more; the buffers of their products are there from the
-    beginning.
+    """It goes through the layers in passes of groups, whose keys become more and more; the buffers of their products
+    are there from the beginning.
     """
     config = CONFIG | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
     config |= {"max_position_embeddings": 16384, "num_hidden_layers": 2}

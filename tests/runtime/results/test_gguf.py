@@ -229,7 +229,9 @@ def test_what_llama_cpp_has_no_form_of_is_refused_with_the_way(tmp_path: Path) -
     "settings", [{}, {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 11}}]
 )
 def test_adapters_alone(case: tuple[dict[str, Any], Path, Path], settings: dict[str, Any], tmp_path: Path) -> None:
-    """As convert_lora_to_gguf.py writes them: llama.cpp adds alpha / rank * B A to each weight in its own order of rows."""
+    """As convert_lora_to_gguf.py writes them: llama.cpp adds alpha / rank * B A to each weight in its own order of
+    rows.
+    """
     config, base, _ = case
     weights = own_values(base)
     adapter = save_adapter(with_values(config, weights), tmp_path / "adapter", str(base), **(PLAIN | settings))

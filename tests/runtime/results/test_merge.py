@@ -37,7 +37,8 @@ from tightfit.runtime.results import merged_directory, safetensors_merge
 from tightfit.runtime.results.merge import merge
 
 transformers = pytest.importorskip("transformers")
-# peft says that it transposes the weights of GPT-2's own linear layers, as it should, and that a copy of a tied module comes apart
+# peft says that it transposes the weights of GPT-2's own linear layers, as it should, and that a copy of a tied module
+# comes apart
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*tie:UserWarning"),

@@ -1,4 +1,6 @@
-"""What can be refused before measuring is refused before measuring: no stage is called for data and options that a later one refuses."""
+"""What can be refused before measuring is refused before measuring: no stage is called for data and options that a
+later one refuses.
+"""
 
 from __future__ import annotations
 

@@ -180,7 +180,9 @@ def test_a_signal_to_end_saves_and_says_where(plan, tmp_path):
 
 
 def test_ctrl_c_during_evaluation_saves_the_start(plan, whole, tmp_path, monkeypatch):
-    """At its first batch; the pipe holds less than the child has to say of the others, so that it cannot be through before."""
+    """At its first batch; the pipe holds less than the child has to say of the others, so that it cannot be through
+    before.
+    """
     report, _ = whole
     pipe, told = os.pipe, []
 

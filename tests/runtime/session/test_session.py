@@ -1,4 +1,6 @@
-"""Training loops of one's own: against autograd, against `run` to the bit, and what is left when they end in the middle."""
+"""Training loops of one's own: against autograd, against `run` to the bit, and what is left when they end in the
+middle.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def naive(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def texts(count: int) -> list[Batch]:
-    """As transformers' collators make them: of other lengths, padded on the right, some words not asked for, some rows fewer."""
+    """As transformers' collators make them: of other lengths, padded on the right, some words not asked for, some rows
+    fewer.
+    """
     generator = torch.Generator().manual_seed(3)
     batches = []
     for number in range(count):
@@ -346,7 +350,9 @@ def test_a_loss_that_is_no_number_ends_it(naive: Plan, tmp_path: Path) -> None:
 def test_one_that_was_interrupted_in_the_middle_is_over(
     naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, taken: int
 ) -> None:
-    """Half of a batch is in the pipe, or an answer that nobody took: nothing more can be asked, and the steps are saved."""
+    """Half of a batch is in the pipe, or an answer that nobody took: nothing more can be asked, and the steps are
+    saved.
+    """
     ids = torch.ones(2, 24, dtype=torch.int64)
 
     def unheard() -> Iterator[None]:

@@ -1,4 +1,6 @@
-"""What TensorBoard and Weights & Biases are told of a run; with stand-ins for as much of them as is called, and themselves where they are installed."""
+"""What TensorBoard and Weights & Biases are told of a run; with stand-ins for as much of them as is called, and
+themselves where they are installed.
+"""
 
 from __future__ import annotations
 

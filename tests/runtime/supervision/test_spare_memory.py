@@ -73,7 +73,9 @@ def test_a_kernel_that_does_not_say(tmp_path):
 
 @pytest.mark.parametrize("own", ["/work/job", "/"])
 def test_the_tightest_cgroup_counts_whichever_level_it_is_on(machine, tmp_path, own):
-    """2000 of 3000 MiB are used, 400 of them by files that the kernel would drop: 1400 are left, of which an eighth stays."""
+    """2000 of 3000 MiB are used, 400 of them by files that the kernel would drop: 1400 are left, of which an eighth
+    stays.
+    """
     where = own.lstrip("/")
     files = {
         f"{where}/memory.max": "max",

@@ -1,4 +1,6 @@
-"""The process that a run keeps alive beside its training process: what it holds, and what becomes of a run that it watches."""
+"""The process that a run keeps alive beside its training process: what it holds, and what becomes of a run that it
+watches.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def training_began(process: subprocess.Popen[str], out: Path, steps: int = 1) ->
 
 @pytest.mark.slow
 def test_only_a_small_process_is_alive_beside_the_training_process(begin, tmp_path):
-    """The command's own process: it has given back what preparing the run took, and is in the training process's cgroup."""
+    """The command's own process: it has given back what preparing the run took, and is in the training process's
+    cgroup.
+    """
     process = begin(tmp_path / "out", "--steps", "100000")
     try:
         training = training_began(process, tmp_path / "out", 20)

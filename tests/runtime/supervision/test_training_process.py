@@ -126,7 +126,9 @@ def test_what_it_says_of_itself_is_said(plan: Plan, tmp_path: Path) -> None:
 def test_a_start_is_as_light_as_the_plan_counts_on(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
 ) -> None:
-    """Plans of before do not count on a file for the start: they run with the cache's disk full, and hold what they say."""
+    """Plans of before do not count on a file for the start: they run with the cache's disk full, and hold what they
+    say.
+    """
     floor = plan.device.floor.model_copy(update={"tables_on_disk": counted, "cuda_stubs": counted})
     told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
     monkeypatch.setenv(page_out.VARIABLE, "a library")

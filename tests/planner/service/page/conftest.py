@@ -29,7 +29,9 @@ def decoder(served):
 
 @pytest.fixture
 def measuring(tmp_path, work, measured):
-    """A service that has measured the tiny model before, so that it measures another adapter of it sooner; its open folder is `work`."""
+    """A service that has measured the tiny model before, so that it measures another adapter of it sooner; its open
+    folder is `work`.
+    """
     shutil.copytree(measured, tmp_path / "data")
     with serving(tmp_path, work) as service:
         yield service

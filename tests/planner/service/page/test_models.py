@@ -119,7 +119,9 @@ def test_headers_are_read_in_the_browser(page, root, tmp_path):
 
 
 def test_of_a_models_file_the_header_alone_leaves_the_machine(page, service, root):
-    """A GGUF file that lies on the service's machine too is offered with its weights; nothing of its content is sent."""
+    """A GGUF file that lies on the service's machine too is offered with its weights; nothing of its content is
+    sent.
+    """
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_buffer or b""))
     drop(page, root / "tiny.gguf")
@@ -244,8 +246,8 @@ def test_progress_is_told_in_words_and_units(page):
 
 
 def test_what_would_help_goes_as_far_as_it_has_to(page):
-    """The service tells of half the rank: where that is not enough, a smaller one that may be is offered, if there is one. What two
-    measurements differ by, 2 MiB, has to be freed on top.
+    """The service tells of half the rank: where that is not enough, a smaller one that may be is offered, if there is
+    one. What two measurements differ by, 2 MiB, has to be freed on top.
     """
     mib = 1 << 20
     half = {"change": "a LoRA rank of 4 instead of 8", "field": "lora_rank", "value": 4, "saves_bytes": 40 * mib}

@@ -1,4 +1,6 @@
-"""Runs on the page: data looked at before, followed live, cancelled and gone on with, laid over each other, found again."""
+"""Runs on the page: data looked at before, followed live, cancelled and gone on with, laid over each other, found
+again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The first ten seconds: the doors, the example, what was done last; and from an empty service to a running fine-tuning."""
+"""The first ten seconds: the doors, the example, what was done last; and from an empty service to a running
+fine-tuning.
+"""
 
 from __future__ import annotations
 

@@ -134,7 +134,9 @@ def test_it_takes_little_memory():
 
 
 def test_members_exchange_tensors_and_what_json_holds():
-    """All with each other, messages that are larger than what the system keeps under way, in both directions at once."""
+    """All with each other, messages that are larger than what the system keeps under way, in both directions at
+    once.
+    """
     members, size = met("abcd", 20.0), 1 << 20
 
     def talk(rank):

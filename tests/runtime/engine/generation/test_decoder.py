@@ -116,7 +116,9 @@ def test_the_bits_do_not_depend_on_what_stays_in_memory_or_on_the_passes(name: s
 
 
 def test_products_with_packed_rows_keep_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """One row of activations is multiplied with packed rows where there is a compiler: a token's, and that of a group of one."""
+    """One row of activations is multiplied with packed rows where there is a compiler: a token's, and that of a group
+    of one.
+    """
     monkeypatch.delenv(native.VARIABLE, raising=False)
     dots = native.dots(native.library(cache_directory()))
     if not dots:
@@ -218,8 +220,8 @@ with opened(problem, plan_of(problem, ["packed"], 3200), Path(sys.argv[2])) as d
 
 @pytest.mark.slow
 def test_the_heap_does_not_grow_with_a_prompt(tmp_path: Path) -> None:
-    """The buffers in which products with keys arrange their operands are there from the beginning; with each group of a prompt they
-    would become larger, and leave holes in the heap.
+    """The buffers in which products with keys arrange their operands are there from the beginning; with each group of a
+    prompt they would become larger, and leave holes in the heap.
     """
     store = packed(save_model(tmp_path / "model", CONFIGS["llama"]))
     words = [sys.executable, "-c", HEAP, str(Path(answering.__file__).parent), str(store)]

@@ -1,5 +1,5 @@
-"""Greedy answers of decoders that transformers builds, with a cache, against transformers' own, and the same bits whatever stays in
-memory.
+"""Greedy answers of decoders that transformers builds, with a cache, against transformers' own, and the same bits
+whatever stays in memory.
 """
 
 from __future__ import annotations
