@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -177,7 +178,8 @@ def test_what_was_acknowledged_is_there_for_another_connection(store, tmp_path):
     assert other.job(job.id) == job
     other.close()
     assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
-    assert sqlite3.connect(tmp_path / "s.sqlite").execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.sqlite")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.parametrize(
@@ -212,14 +214,14 @@ def test_a_database_that_is_none_is_told(tmp_path):
 def test_the_schema_has_a_version(tmp_path):
     path = tmp_path / "s.sqlite"
     JobStore(path).close()
-    database = sqlite3.connect(path)
-    assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
-    for other in (SCHEMA - 1, SCHEMA + 1):
-        database.execute(f"PRAGMA user_version = {other}")
-        with pytest.raises(
-            InputError, match=rf"written by another version of tightfit \(schema {other}, this one has {SCHEMA}\)"
-        ):
-            JobStore(path)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
+        for other in (SCHEMA - 1, SCHEMA + 1):
+            database.execute(f"PRAGMA user_version = {other}")
+            with pytest.raises(
+                InputError, match=rf"written by another version of tightfit \(schema {other}, this one has {SCHEMA}\)"
+            ):
+                JobStore(path)
 
 
 def test_objects_appear_whole_under_their_digest(objects):
