@@ -26,8 +26,8 @@ from tightfit.planner.search_options import (
     LEAST_SHARE,
     NEIGHBOUR_BYTES,
     TIME_LIMIT,
-    Progress,
     SearchOptions,
+    SearchProgress,
     checked_budget,
     checked_gap,
     checked_limit,
@@ -65,7 +65,7 @@ class ModelPlanner:
         policy: str | None = None,
         time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
-        progress: Progress | None = None,
+        progress: SearchProgress | None = None,
     ) -> Plan:
         """As `tightfit.planner.plan.plan`, reusing what was found at earlier budgets."""
         if policy == MOBILLM:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import TIME_LIMIT, Progress
+from tightfit.planner.search_options import TIME_LIMIT, SearchProgress
 from tightfit.profiles.schema import Profile
 
 
@@ -25,7 +25,7 @@ class Planner(Protocol):
         policy: str | None = None,
         time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
-        progress: Progress | None = None,
+        progress: SearchProgress | None = None,
     ) -> Plan:
         """As `tightfit.planner.plan.plan`."""
         ...

@@ -42,7 +42,7 @@ POLICY_NAMES = (
     SOLVER, "keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "mobillm",
 )  # fmt: skip
 """the solver, and the rules in `planner/solve/policies.py`, which is not imported here, as it takes much memory"""
-Progress = Callable[[dict[str, float | str]], None]
+SearchProgress = Callable[[dict[str, float | str]], None]
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_LIMIT)]
 """time that planning may take"""
 Gap = Annotated[float, Field(ge=0, lt=1)]
@@ -87,7 +87,7 @@ class PlanOptions(Options):
         metavar="X",
         gt=0,
     )
-    progress: Progress | None = None
+    progress: SearchProgress | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

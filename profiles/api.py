@@ -23,7 +23,7 @@ from tightfit.profiles.measuring.figures import measured, unmeasured
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.measuring.tile_rates import fast_tile, tried_sizes
 from tightfit.profiles.option_fields import keywords_of
-from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import PROFILE_VERSION, Profile, TracedStep
 from tightfit.profiles.sources.bundle import Bundle, BundleRequest, PackedWeights
 from tightfit.profiles.sources.lookup import headers, is_traced, names_module, resolve, resolve_traced, vocabulary
@@ -46,6 +46,7 @@ from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import cpu_name, features
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
@@ -234,7 +235,7 @@ def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None)
 def _stored(source: Source, report: Progress) -> Header:
     """The store of the source's weights, packed now unless it is there."""
     folder = cache_directory() / "stores"
-    return read_header(packed_store(source, folder, lambda done, total, name: report("pack", done, total)))
+    return read_header(packed_store(source, folder, report))
 
 
 def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:

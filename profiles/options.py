@@ -4,16 +4,14 @@ alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tightfit.profiles.option_fields import Options, option
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total), where stage is one of pack, export, programs, compare and measure."""
+from tightfit.runtime.common.progress import Progress
 
 Bits = Literal["4bit", "8bit", "16bit"]
 MOST_ACCUMULATED = 1 << 16

@@ -22,12 +22,10 @@ from typing import IO, Any
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import named_as, on_command_line, on_the_command_line
 from tightfit.runtime.common.parent import end_with_parent
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.spare_memory import free_memory
-
-Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total)"""
 
 STDERR_BYTES = 1 << 16
 ON_COMMAND_LINE = "on_command_line"

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from pathlib import Path
+from sysconfig import get_path
+
+from tightfit.runtime.engine.start.page_cache import cache_in_small_folios
+
+# Libraries that were just installed are mapped megabytes at a time, and then stay so for the processes that tests start.
+for library in Path(get_path("platlib")).glob("*/**/*.so*"):
+    if library.stat().st_size > 1 << 20 and "nvidia" not in library.parts:
+        cache_in_small_folios(library)
+
 import contextlib
 import fcntl
 import json
@@ -9,7 +20,6 @@ import os
 import shutil
 import signal
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tightfit.planner.search_options import Gap, Progress, Seconds
+from tightfit.planner.search_options import Gap, SearchProgress, Seconds
 from tightfit.profiles.option_fields import Options, option
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
@@ -32,7 +32,7 @@ class FleetPlanOptions(Options):
     """What the planning of a fleet of any kind may take."""
 
     time_limit: Seconds = option(120.0, "Seconds that all of the planning may take.", metavar="SECONDS")
-    progress: Progress | None = None
+    progress: SearchProgress | None = None
 
 
 class FleetOptions(FleetPlanOptions):

@@ -24,8 +24,8 @@ from tightfit.planner.search_options import (
     ANY_SHARE,
     NEIGHBOUR_BYTES,
     TIME_LIMIT,
-    Progress,
     SearchOptions,
+    SearchProgress,
     checked_budget,
     checked_gap,
     checked_limit,
@@ -98,7 +98,7 @@ class GraphPlanner:
         policy: str | None = None,
         time_limit: float = TIME_LIMIT,
         gap: float = 0.0,
-        progress: Progress | None = None,
+        progress: SearchProgress | None = None,
     ) -> Plan:
         """As `tightfit.planner.plan.plan`; `budget_bytes` limits the live bytes, fixed ones included, and `time_limit`
         is in seconds.
@@ -278,7 +278,7 @@ class GraphPlanner:
         return self._least[0]
 
 
-def _report(progress: Progress | None, started: float) -> Report:
+def _report(progress: SearchProgress | None, started: float) -> Report:
     """What hands the state of a search to `progress`; `started` is on the monotonic clock."""
 
     def report(stage: str, incumbent: float, bound: float) -> None:

@@ -14,7 +14,14 @@ from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
 from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import SOLVER, TIME_LIMIT, Progress, checked_budget, checked_gap, checked_limit
+from tightfit.planner.search_options import (
+    SOLVER,
+    TIME_LIMIT,
+    SearchProgress,
+    checked_budget,
+    checked_gap,
+    checked_limit,
+)
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.devices.data_sheets import DeviceDescription, find_device
 from tightfit.profiles.devices.estimate import retarget
@@ -22,6 +29,7 @@ from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.forked_worker import ForkedWorker, can_be_copied
+from tightfit.runtime.common.progress import Progress
 
 TOGETHER = 2
 """number of budgets that are planned before a second process is forked: one where keep-all fits, and one at which
@@ -29,7 +37,6 @@ columns are priced
 """
 SENDING = 0.3
 """seconds within which the next plan arrives, where the second process has more than one ready"""
-Stage = Callable[[str, int, int], None]
 
 
 def compare(
@@ -42,8 +49,8 @@ def compare(
     gap: float = 0.0,
     optimizer: str | None = None,
     max_grad_norm: float | None = None,
-    progress: Stage | None = None,
-    solving: Progress | None = None,
+    progress: Progress | None = None,
+    solving: SearchProgress | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Comparison:
     """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each, a search
@@ -139,7 +146,7 @@ class _ComparisonTable:
     gap: float
     tell: Callable[[int], None]
     """called with the number of plans made so far"""
-    solving: Progress | None
+    solving: SearchProgress | None
     planned: Callable[[Plan], None] | None
     compared: dict[tuple[int, str], _ComparedPlan] = field(default_factory=dict)
 
@@ -188,7 +195,7 @@ class _ComparisonTable:
             self.planned(cell.plan)
 
     def _cells(
-        self, budget: int, *, solving: Progress | None = None, tell: Callable[[int], None] | None = None
+        self, budget: int, *, solving: SearchProgress | None = None, tell: Callable[[int], None] | None = None
     ) -> Iterator[_ComparedPlan]:
         """The plans at one budget that are not there yet, the solver's first: what it proves is what the gaps of fixed
         rules are to. `tell` comes before each.

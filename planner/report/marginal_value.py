@@ -8,7 +8,7 @@ from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.protocol import Planner
 from tightfit.planner.report.explanation import Explanation, MarginalValue, explanation_of
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import TIME_LIMIT, Progress
+from tightfit.planner.search_options import TIME_LIMIT, SearchProgress
 
 
 def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
@@ -56,7 +56,7 @@ def what_if(
     step_bytes: int | None = None,
     time_limit: float = TIME_LIMIT,
     gap: float = 0.0,
-    progress: Progress | None = None,
+    progress: SearchProgress | None = None,
 ) -> tuple[Plan, list[MarginalValue]]:
     """`neighbours`, checked by planning at both budgets to a `gap`; `time_limit` seconds for each bound and each plan.
 

@@ -46,7 +46,7 @@ from tightfit.runtime.common.option_names import spelled
 
 Kept = Literal["profiles", "plans", "jobs", "runs", "uploads"]
 """what the service keeps; runs are jobs too, and uploads are called by the name that they were sent under"""
-Progress = Callable[[dict[str, Any]], None]
+JobProgress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds,
 resident_bytes
 """
@@ -169,7 +169,7 @@ class Client:
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         return self._json(self._send("POST", "/v1/profiles/upload", content=body, headers=headers))
 
-    def profile(self, *, progress: Progress | None = None, **request: Any) -> Profile:
+    def profile(self, *, progress: JobProgress | None = None, **request: Any) -> Profile:
         """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch,
         lora_rank, ..., force.
         """
@@ -177,7 +177,7 @@ class Client:
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
-    def bundle(self, request: BundleRequest, *, progress: Progress | None = None) -> Bundle:
+    def bundle(self, request: BundleRequest, *, progress: JobProgress | None = None) -> Bundle:
         """`tightfit.profiles.steps.tracing_process.make_bundle`, done by the service. The names of files and folders on
         this machine are not sent.
         """
@@ -213,7 +213,7 @@ class Client:
         job = self.finish(self.post("/v1/plans", request), options.progress)
         return self._planned(job["result"]["plan"], paths)
 
-    def choose(self, problems: Sequence[ChoiceProblem], *, progress: Progress | None = None) -> list[Choice | None]:
+    def choose(self, problems: Sequence[ChoiceProblem], *, progress: JobProgress | None = None) -> list[Choice | None]:
         """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen
         by the service.
         """
@@ -239,7 +239,7 @@ class Client:
         gap: float = 0.0,
         optimizer: str | None = None,
         max_grad_norm: float | None = None,
-        progress: Progress | None = None,
+        progress: JobProgress | None = None,
     ) -> Comparison:
         """`tightfit.planner.report.compare.compare`, solved by the service."""
         stored, paths = self._upload_without_paths(profile)
@@ -264,7 +264,13 @@ class Client:
         )
 
     def run(
-        self, plan: str | Plan, data: str, *, steps: int | None = None, progress: Progress | None = None, **options: Any
+        self,
+        plan: str | Plan,
+        data: str,
+        *,
+        steps: int | None = None,
+        progress: JobProgress | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """Carry out a plan that the service has made, or the stored one of that id, on the service's machine, `steps`
         steps or else `epochs` times the data; returns the report.
@@ -272,11 +278,11 @@ class Client:
         identity = self._id(plan if isinstance(plan, str) else plan.fingerprint)
         return self._report("/v1/runs", {"plan": identity, "data": data, "steps": steps, **options}, progress)
 
-    def resume(self, run: str, *, progress: Progress | None = None) -> dict[str, Any]:
+    def resume(self, run: str, *, progress: JobProgress | None = None) -> dict[str, Any]:
         """Go on with a run that was cancelled, failed or interrupted, from its checkpoint; returns the report."""
         return self._report(f"/v1/runs/{run}/resume", {}, progress)
 
-    def _report(self, path: str, request: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+    def _report(self, path: str, request: dict[str, Any], progress: JobProgress | None) -> dict[str, Any]:
         job = self._post_once(path, request)
         self.finish(job, progress)
         return self.get(f"/v1/runs/{job['id']}/report")
@@ -348,11 +354,11 @@ class Client:
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
-    def follow(self, identity: str, progress: Progress | None = None) -> dict[str, Any]:
+    def follow(self, identity: str, progress: JobProgress | None = None) -> dict[str, Any]:
         """Follow a job that was begun here or elsewhere to its end. Returns it, and raises what made it fail."""
         return self.finish(self.get(f"/v1/jobs/{identity}"), progress)
 
-    def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+    def finish(self, job: dict[str, Any], progress: JobProgress | None = None) -> dict[str, Any]:
         """Follow a job to its end. Raises what made it fail; after Ctrl-C the job goes on, as KeyboardInterrupt
         says.
         """
@@ -438,7 +444,9 @@ class Client:
         path = f"/v1/uploads?name={quote(name or Path(file).name, safe='')}"
         return f"{UPLOADED}{self._json(self._send('POST', path, content=content, headers=headers))['id']}"
 
-    def preview(self, profile: str, data: str, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
+    def preview(
+        self, profile: str, data: str, *, progress: JobProgress | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut
         and what is refused; `options` are columns, truncate and packing.
         """
@@ -447,7 +455,7 @@ class Client:
         return result
 
     def answer(
-        self, profile: str, prompt: str | list[dict[str, str]], *, progress: Progress | None = None, **options: Any
+        self, profile: str, prompt: str | list[dict[str, str]], *, progress: JobProgress | None = None, **options: Any
     ) -> dict[str, Any]:
         """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens,
         seconds; `progress` gets the text so far. `options` are those of `/v1/answers`.
@@ -457,7 +465,7 @@ class Client:
         return result
 
     def merged(
-        self, run: str, file: str | os.PathLike[str], form: str = "gguf", progress: Progress | None = None
+        self, run: str, file: str | os.PathLike[str], form: str = "gguf", progress: JobProgress | None = None
     ) -> Path:
         """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with
         safetensors.

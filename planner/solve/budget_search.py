@@ -14,7 +14,7 @@ from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.realize import Schedule, realize
-from tightfit.planner.search_options import ALL, Progress, SearchOptions
+from tightfit.planner.search_options import ALL, SearchOptions, SearchProgress
 from tightfit.planner.solve.column_generation import ColumnGeneration
 
 GOOD = 4e-3
@@ -49,7 +49,7 @@ class BudgetSearch:
     started: float
     """on the monotonic clock"""
     deadline: float
-    progress: Progress | None = None
+    progress: SearchProgress | None = None
     options: SearchOptions = ALL
     gap: float = 0.0
     """share of its time by which a schedule may be slower than the best and still end the search"""

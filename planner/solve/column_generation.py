@@ -22,7 +22,7 @@ from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import LinearFigures, StepConstraints, add_step_constraints
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
 from tightfit.planner.schedule.layer_schedule import Column, measure
-from tightfit.planner.search_options import Progress
+from tightfit.planner.search_options import SearchProgress
 from tightfit.planner.solve.integer_rounding import ColumnRounding, WindowBytes, rounded
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpSolution, goal
 from tightfit.planner.solve.pricing import ColumnPool, Prices, TooLargeError
@@ -87,7 +87,7 @@ class ColumnGeneration:
     limit_bytes: int | None
     deadline: float
     tolerance: float = 2e-3
-    progress: Progress | None = None
+    progress: SearchProgress | None = None
     started: float = field(default_factory=time.monotonic)
     timely: bool = True
     """whether column generation, and the choice of whole columns, came to their end before the deadline"""

@@ -14,7 +14,7 @@ from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import CyclePart, Schedule, smallest_arena
-from tightfit.planner.search_options import ALL, HELD_UP, Progress, SearchOptions
+from tightfit.planner.search_options import ALL, HELD_UP, SearchOptions, SearchProgress
 from tightfit.planner.solve.budget_search import REALIZE_SECONDS, BudgetSearch
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
 from tightfit.planner.solve.greedy import greedy
@@ -161,7 +161,13 @@ class Solver:
 
     @paused_collector()
     def solve(
-        self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0, gap: float = 0.0
+        self,
+        budget_bytes: int,
+        deadline: float,
+        progress: SearchProgress | None,
+        *,
+        bound: float = 0.0,
+        gap: float = 0.0,
     ) -> SearchResult:
         """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that no schedule undercuts;
         `gap`: the share of its time by which a schedule may be slower than the best and still end the search.
@@ -191,7 +197,7 @@ class Solver:
         return outcome
 
     def _solve(
-        self, budget_bytes: int, deadline: float, progress: Progress | None, any_bound: float, gap: float
+        self, budget_bytes: int, deadline: float, progress: SearchProgress | None, any_bound: float, gap: float
     ) -> SearchResult:
         started = time.monotonic()
         attempt = BudgetSearch(

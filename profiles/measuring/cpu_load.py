@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tightfit.runtime.common.cores import busy_seconds
+from tightfit.runtime.common.progress import Progress
 
 BUSY_SHARE = 1 / 8
 """Share of the cores of our threads; if other programs take more, times are not those of an idle machine."""
@@ -70,9 +71,7 @@ def taken_now(threads: int, seconds: float = LOOK_SECONDS) -> float:
     return others.taken(threads)
 
 
-def wait_for_cores(
-    threads: int, tell: Callable[[str], None], progress: Callable[[str, int, int], None] | None = None
-) -> None:
+def wait_for_cores(threads: int, tell: Callable[[str], None], progress: Progress | None = None) -> None:
     """Wait until other programs leave `threads` threads the cores, at most `WAIT_SECONDS`. `tell` is called with what
     people should know, `progress` as progress(stage, seconds waited, most seconds).
     """

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.profiles.measuring.memory import Measured, measuring_memory
 from tightfit.profiles.schema import Layer, Program, Tensor
-from tightfit.profiles.worker_process import Progress, run_worker
+from tightfit.profiles.worker_process import run_worker
 from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ GATHERED_ROWS = 8192
 
 START_BYTES = 70 * MIB
 """VmHWM of a lean process once PyTorch's kernels are loaded and warm"""
-CUDA_START_BYTES = 4 * MIB
+CUDA_START_BYTES = 6 * MIB
 """how much more that is where PyTorch is the build for CUDA, with stubs in the place of its libraries"""
 LEAN_BYTES = 40 * MIB
 """what it holds afterwards, with what measuring imports"""

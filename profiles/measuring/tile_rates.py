@@ -17,10 +17,11 @@ from typing import Any
 from tightfit.profiles.measuring.cpu_load import OtherPrograms
 from tightfit.profiles.measuring.kept_figures import KeptFigures
 from tightfit.profiles.measuring.memory import PRODUCT_BYTES, START_BYTES, WORKSPACE_BYTES, plain_bytes
-from tightfit.profiles.worker_process import Progress, run_worker, work
+from tightfit.profiles.worker_process import run_worker, work
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave

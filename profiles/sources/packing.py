@@ -14,11 +14,12 @@ from typing import Any
 
 from tightfit.profiles.models.decoder_facts import DecoderFacts
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.weights.source import PackProgress, Source, block_rows
-from tightfit.profiles.worker_process import run_worker, send, work
+from tightfit.profiles.weights.source import Source, block_rows
+from tightfit.profiles.worker_process import run_worker, work
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory, remove_orphans
 from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave
 from tightfit.runtime.engine.weights.layout import Entry, holds, store_path
@@ -29,7 +30,7 @@ NUMPY_BYTES = 32 << 20
 """What NumPy and the gguf package add to it."""
 
 
-def packed_store(source: Source, directory: str | os.PathLike[str], progress: PackProgress | None = None) -> Path:
+def packed_store(source: Source, directory: str | os.PathLike[str], progress: Progress | None = None) -> Path:
     """Path of the packed store of `source` in `directory`, written now unless an intact one is there already.
 
     Raises InputError for weights that do not fit the model's config, RunError if the disk is full or the worker fails;
@@ -39,10 +40,8 @@ def packed_store(source: Source, directory: str | os.PathLike[str], progress: Pa
         return source.store
     path = store_path(directory, source.name, source.fingerprint)
     if holds(path, source.fingerprint):
-        if progress:
-            total = sum(entry.bytes for entry in source.entries.values())
-            progress(total, total, "")
-    elif "torch" in sys.modules:
+        return path
+    if "torch" in sys.modules:
         from tightfit.profiles.weights.pack import build_store
 
         build_store(source, directory, progress)
@@ -51,7 +50,7 @@ def packed_store(source: Source, directory: str | os.PathLike[str], progress: Pa
     return path
 
 
-def _have_packed(source: Source, directory: str | os.PathLike[str], progress: PackProgress | None) -> None:
+def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Progress | None) -> None:
     """Have a worker pack the weights."""
     request = {
         "source": source.path,
@@ -65,7 +64,7 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pa
 
     def heard(message: dict[str, Any]) -> None:
         if progress:
-            progress(message["done"], message["total"], message["tensor"])
+            progress(message["stage"], message["done"], message["total"])
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -95,7 +94,7 @@ def _block_bytes(entry: Entry) -> int:
     return block_rows(entry) * (entry.columns * (4 + 4) + 2 * entry.row_bytes)
 
 
-def _pack(request: dict[str, Any]) -> str:
+def _pack(request: dict[str, Any], report: Progress) -> str:
     """The worker's part; returns the path of the store."""
     from tightfit.profiles.weights.pack import build_store
 
@@ -106,18 +105,12 @@ def _pack(request: dict[str, Any]) -> str:
     if source.needs_numpy:
         lean_torch.allow_numpy()
     source = replace(source, name=request["name"])
-    return str(
-        build_store(
-            source,
-            request["directory"],
-            lambda done, total, tensor: send(stage="pack", done=done, total=total, tensor=tensor),
-        )
-    )
+    return str(build_store(source, request["directory"], report))
 
 
 def main() -> int:
     lean_torch.load()
-    return work(lambda request, report: _pack(request))
+    return work(_pack)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 
 from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.worker_process import Progress, run_worker, work
+from tightfit.profiles.worker_process import run_worker, work
 from tightfit.runtime.common.errors import CapError
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.engine.device.resident import memory
 

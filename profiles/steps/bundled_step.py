@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import TracedStep
 from tightfit.profiles.sources.bundle import Bundle
 from tightfit.profiles.steps.step import ProfiledStep, of_source
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 
 if TYPE_CHECKING:
     from tightfit.profiles.tracing.trace import Trace

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
-from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
+from tightfit.profiles.options import BATCH, SEQ, ProfileOptions
 from tightfit.profiles.schema import ANSWER_PLANES, PREFERENCE, Preference
 from tightfit.profiles.steps.step import ProfiledStep
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 
 if TYPE_CHECKING:  # these import PyTorch
     from tightfit.profiles.models.decoder import Decoder

@@ -11,7 +11,6 @@ from torch._subclasses import FakeTensorMode
 from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.options import Progress
 from tightfit.profiles.schema import ANSWER_PLANES, ANSWERS, POSITIONS, Preference
 from tightfit.profiles.tracing.repeated_layers import representatives, with_all_blocks
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
@@ -19,6 +18,7 @@ from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.training.adapter import BODY
 
 if TYPE_CHECKING:

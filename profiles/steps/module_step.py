@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.sources.factory import build_with_batches, narrowed
 from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.comparison import GradientComparison
@@ -18,6 +18,7 @@ from tightfit.profiles.tracing.loss_function import loss_maker
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.progress import Progress
 
 
 class ModuleStep(ProfiledStep):

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
-from tightfit.profiles.options import BATCH, SEQ, ProfileOptions, Progress
+from tightfit.profiles.options import BATCH, SEQ, ProfileOptions
 from tightfit.profiles.steps.decoder_step import check_length
 from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
@@ -20,6 +20,7 @@ from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 
 
 class SideStep(ProfiledStep):

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Model, Tensor, TracedStep, adamw
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
 if TYPE_CHECKING:  # these import PyTorch

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.profiles.models.answer_steps import Answers
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.options import ProfileOptions, Progress
+from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import TracedStep
 from tightfit.profiles.sources.bundle import Bundle, BundleRequest
 from tightfit.profiles.sources.random_weights import random_source
@@ -30,6 +30,7 @@ from tightfit.profiles.steps.step import ProfiledStep, of_source
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import check_place, run_worker, work
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.start.cuda_stubs import built_for_cuda
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from tightfit.profiles.tracing.eager_steps import (
 )
 from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import KEEP_STATE, kept_buffers
 from tightfit.runtime.supervision.spare_memory import free_memory
@@ -88,7 +89,7 @@ class GradientComparison:
             )
         return None
 
-    def request(self, folder: Path, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+    def request(self, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
         """Take the steps in PyTorch and return the request to the measuring process.
 
         Raises InputError if the module fails, or cannot be followed by a traced step.

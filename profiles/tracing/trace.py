@@ -47,6 +47,7 @@ from tightfit.profiles.tracing.tile_sums import fuse_sums, sums_in_place
 from tightfit.profiles.tracing.tiles import in_tiles
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
+from tightfit.runtime.common.progress import Progress
 
 aten = torch.ops.aten
 
@@ -94,7 +95,7 @@ def trace(
     *,
     decompositions: dict[Any, Callable[..., Any]] | None = None,
     inference: dict[Any, Callable[..., Any]] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     tiles: int = 1,
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.

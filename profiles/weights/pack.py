@@ -20,10 +20,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tightfit.profiles.weights.source import PackProgress, Source, SourceTensor, block_rows, without_names
+from tightfit.profiles.weights.source import Source, SourceTensor, block_rows, without_names
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import WriteBehind, remove_orphans, sync_directory
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.weights.layout import (
     ALIGNMENT,
     MAGIC,
@@ -274,19 +275,17 @@ class StoreWriter:
         return json.dumps(self._head | {"tensors": tensors}, separators=(",", ":")).encode()
 
 
-def build_store(source: Source, directory: str | os.PathLike[str], progress: PackProgress | None = None) -> Path:
-    """Path of the packed store of `source` in `directory`, written now unless an intact one is there already.
+def build_store(source: Source, directory: str | os.PathLike[str], progress: Progress | None = None) -> Path:
+    """Path of the packed store of `source` in `directory`, written now, with `progress` in bytes of the packed form,
+    unless an intact one is there already.
 
     Holds one block of rows in memory at a time. Raises InputError for weights that do not fit the model's config,
     RunError if the disk is full; no partial file is ever left under the store's name.
     """
     path = store_path(directory, source.name, source.fingerprint)
-    total = sum(entry.bytes for entry in source.entries.values())
     if holds(path, source.fingerprint):
-        if progress:
-            progress(total, total, "")
         return path
-    done = 0
+    done, total = 0, sum(entry.bytes for entry in source.entries.values())
     source_info = {"kind": source.kind, "fingerprint": source.fingerprint, "note": source.note}
     with StoreWriter(
         path, source.entries.values(), name=source.name, config=without_names(source.config), source=source_info
@@ -296,7 +295,7 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pac
             writer.write(entry.name, _blocks(tensor))
             done += entry.bytes
             if progress:
-                progress(done, total, entry.name)
+                progress("pack", done, total)
     return path
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20
 """Size in float32 of the rows that are packed at a time."""
-PackProgress = Callable[[int, int, str], None]
-"""Called as progress(bytes done, bytes in all, tensor name); bytes are those of the packed form."""
 
 
 def config_name(path: Path) -> str:

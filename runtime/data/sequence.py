@@ -5,10 +5,11 @@ Samples are tokenised one by one, and kept in a file where the run is to use the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tightfit.profiles.sources.lookup import longest_sequence
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.data.samples import data_files
 from tightfit.runtime.data.tokenization import PREPARED, RANDOM, Purpose, check_prepared, tokens_file
 from tightfit.runtime.data.tokenizing import longest_samples
@@ -42,7 +43,7 @@ def choose_seq(
     keep: Path | None = None,
     pairs: bool = False,
     seq: int | None = None,
-    stages: Callable[[str, int, int], None] | None = None,
+    stages: Progress | None = None,
 ) -> tuple[int, str]:
     """(tokens of a sequence, in words why) for a language model, its training data and its held-out data.
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from tightfit.profiles.sources.tokenizer_process import with_tokenizer, work_with_tokenizer
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.worker_process import Progress
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.data.preparation import BYTES_PER_BYTE, Preparation, held_to_budget
 from tightfit.runtime.data.samples import data_files
 from tightfit.runtime.data.tables import kind_of, open_data

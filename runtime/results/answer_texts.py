@@ -13,9 +13,9 @@ from typing import Any
 from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_process import with_tokenizer, work_with_tokenizer
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.profiles.worker_process import Progress
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.samples import Prompt
 from tightfit.runtime.data.token_bytes import token_bytes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-Progress = Callable[[str, int, int], None]
-"""progress(what, bytes done, bytes in all)"""
+from tightfit.runtime.common.progress import Progress
+
 Chunks = Iterable[memoryview | bytes]
 
 

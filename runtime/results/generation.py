@@ -49,7 +49,6 @@ from tightfit.runtime.supervision import answering
 from tightfit.runtime.supervision.answering import AnswerOrder, answers
 from tightfit.runtime.supervision.training_process import RunOrder
 
-Stages = Callable[[str, int, int], None]
 QUESTION = 128
 """tokens of a question in a conversation, for which the plan is to be fast"""
 
@@ -237,7 +236,7 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     tokenizer = tokenizer_file(model)
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
-    pack = (lambda done, total, name: stages("packing the weights", done, total)) if stages else None
+    pack = (lambda _, done, total: stages("packing the weights", done, total)) if stages else None
     store = packed_store(source, cache_directory() / "stores", pack)
     header = read_header(store)
     body = source.config.get("adapter_body", BODY)

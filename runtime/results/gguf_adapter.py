@@ -19,8 +19,9 @@ from tightfit.profiles.sources.gguf_metadata import MetadataValue
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.results.adapter_changes import AdapterFolder
-from tightfit.runtime.results.counting import Progress, WriteProgress
+from tightfit.runtime.results.counting import WriteProgress
 from tightfit.runtime.results.gguf_file import TYPES, GgufTensor, encode_rows, write
 from tightfit.runtime.results.llama_cpp import LlamaCpp
 from tightfit.runtime.results.place import atomic_output

@@ -17,9 +17,10 @@ from torch import Tensor
 from tightfit.profiles.sources.gguf_metadata import MetadataValue, read_header, read_typed
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.profiles.weights.tensor_file import FileParts
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.results.adapter_changes import AdapterFolder
 from tightfit.runtime.results.base_values import merged_rows, table_blocks
-from tightfit.runtime.results.counting import Progress, WriteProgress
+from tightfit.runtime.results.counting import WriteProgress
 from tightfit.runtime.results.gguf_file import FILE_TYPE, TYPES, GgufTensor, encode_rows, file_type, type_for, write
 from tightfit.runtime.results.llama_cpp import LlamaCpp
 from tightfit.runtime.results.place import atomic_output

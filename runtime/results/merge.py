@@ -20,12 +20,12 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import remove_orphans
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import lean_torch
 from tightfit.runtime.engine.start.process import child_environment, leave
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.results.adapter_base import open_base, rounding_difference
-from tightfit.runtime.results.counting import Progress
 from tightfit.runtime.results.place import adapter_folder, check_replaceable
 
 FORMATS = ("safetensors", "gguf")

@@ -12,9 +12,10 @@ from typing import Any
 
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.files import WRITE_BEHIND_BYTES, write_whole
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.weights.safetensors_file import TensorItem, write
 from tightfit.runtime.results.adapter_changes import AdapterFolder
-from tightfit.runtime.results.counting import Progress, WriteProgress
+from tightfit.runtime.results.counting import WriteProgress
 from tightfit.runtime.results.place import atomic_output
 from tightfit.runtime.results.safetensors_merge import MergedTensors, merged_config, shards
 

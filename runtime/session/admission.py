@@ -18,6 +18,7 @@ from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.start import cuda_stubs, page_out
@@ -26,7 +27,6 @@ from tightfit.runtime.engine.training.checkpoint import OPERATORS
 from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.weights.layout import packed_bytes, read_header
 from tightfit.runtime.session.options import TrainingOptions
-from tightfit.runtime.supervision.supervisor import Stages
 
 
 def check_kind(plan: object) -> None:
@@ -149,7 +149,7 @@ def check_schedule(plan: Plan) -> None:
     simulate(plan)
 
 
-def find_store(plan: Plan, stages: Stages | None) -> Path | None:
+def find_store(plan: Plan, stages: Progress | None) -> Path | None:
     """Path of the plan's weight store; for a model without weights it is made now, with random ones.
 
     Raises InputError if the store is missing or damaged, or holds other weights than the plan was made for.
@@ -163,7 +163,7 @@ def find_store(plan: Plan, stages: Stages | None) -> Path | None:
         path = packed_store(
             source,
             cache_directory() / "stores",
-            lambda done, total, name: stages("packing random weights", done, total) if stages and name else None,
+            lambda _, done, total: stages("packing random weights", done, total) if stages else None,
         )
     else:
         path = Path(plan.model.store)

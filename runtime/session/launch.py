@@ -18,6 +18,7 @@ from tightfit.planner.schema import Plan
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.engine.training.batches import open_batches
@@ -43,7 +44,7 @@ from tightfit.runtime.session.settings import (
     receives_batches,
     settings_of,
 )
-from tightfit.runtime.supervision.supervisor import Stages, supervise
+from tightfit.runtime.supervision.supervisor import supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def prepare_data(
     options: DataOptions,
     *,
     seed: int,
-    stages: Stages | None,
+    stages: Progress | None,
     preparation: Preparation | None,
     tokens: Path | None = None,
 ) -> Path:
@@ -255,7 +256,7 @@ def _length(batches: Iterable[object]) -> int | None:
         return None
 
 
-def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Stages | None) -> Path:
+def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Progress | None) -> Path:
     """Write the batches of a module, those given or its factory's sample batch, as a batch file; returns its path."""
     from tightfit.profiles.sources.factory import build_module
     from tightfit.runtime.engine.training.batches import write_batches

@@ -45,6 +45,7 @@ from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.schema import EXCHANGE, MOBILLM, Profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.strict_json import read_json
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import passes_messages
@@ -53,7 +54,7 @@ from tightfit.runtime.session.admission import check_machine
 from tightfit.runtime.session.launch import prepared
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.spare_memory import free_memory
-from tightfit.runtime.supervision.supervisor import Stages, supervise
+from tightfit.runtime.supervision.supervisor import supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
 MOST_ROUNDS = 6
@@ -126,7 +127,7 @@ def rehearsed(
     *,
     go_on: Callable[[], bool] = lambda: True,
     tell: Callable[[str], None] = lambda line: None,
-    showing: Callable[[], AbstractContextManager[Stages | None]] = nullcontext,
+    showing: Callable[[], AbstractContextManager[Progress | None]] = nullcontext,
     wait: bool = False,
 ) -> tuple[Plan, bool]:
     """(the plan that `make` makes of the profile with all corrections that rehearsals have taught, rehearsed; whether
@@ -197,7 +198,7 @@ class TracedRehearsal:
     """of each schedule, [transfers, 2] begin and end, counted from its start"""
 
 
-def _carry_out(plan: Plan, stages: Stages | None) -> TracedRehearsal:
+def _carry_out(plan: Plan, stages: Progress | None) -> TracedRehearsal:
     """Run a few steps of the plan on random data. Raises what a run raises."""
     folder = rehearsal_folder()
     try:
@@ -236,7 +237,7 @@ def _roomier(plan: Plan, given_back: int) -> Plan:
 
 
 @contextmanager
-def prepared_rehearsal(plan: Plan, folder: Path, stages: Stages | None, given_back: int = 0) -> Iterator[RunOrder]:
+def prepared_rehearsal(plan: Plan, folder: Path, stages: Progress | None, given_back: int = 0) -> Iterator[RunOrder]:
     """The order for a few steps of the plan on random data, whose files lie in `folder`, ready to be supervised.
     `given_back`: bytes that this process holds and will not hold beside the rehearsal.
     """

@@ -27,6 +27,7 @@ from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.interrupts import ThirdInterrupt, relayed_signals
 from tightfit.runtime.common.option_names import named_as, on_command_line
+from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 from tightfit.runtime.supervision.contention import Contention, usage_of
@@ -43,11 +44,9 @@ from tightfit.runtime.supervision.report import (
 )
 from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess, started
 
-Progress = Callable[[int, float, float, int, int, int | None], None]
+StepProgress = Callable[[int, float, float, int, int, int | None], None]
 """progress(step, loss, seconds, resident bytes, peak bytes, tokens), called after every step. Steps count from 1;
 resident and peak bytes are the training process's; tokens are those of the step without padding, None for a module."""
-Stages = Callable[[str, int, int], None]
-"""stages(what, done, total), called while something is prepared or evaluated."""
 OnNotice = Callable[[str], None]
 """on_notice(text), called with what people should know about how the run goes."""
 OnEvaluation = Callable[[dict[str, Any]], None]
@@ -83,8 +82,8 @@ class SupervisorSettings:
 
 def supervise(
     order: RunOrder,
-    progress: Progress | None = None,
-    stages: Stages | None = None,
+    progress: StepProgress | None = None,
+    stages: Progress | None = None,
     *,
     on_evaluation: OnEvaluation | None = None,
     on_notice: OnNotice | None = None,
@@ -143,8 +142,8 @@ def supervise(
 def _follow(
     child: TrainingProcess,
     contention: Contention,
-    progress: Progress | None,
-    stages: Stages | None,
+    progress: StepProgress | None,
+    stages: Progress | None,
     on_evaluation: OnEvaluation | None,
     on_notice: OnNotice | None,
 ) -> None:
