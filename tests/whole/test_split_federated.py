@@ -96,7 +96,7 @@ def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected,
     assert saved.record["left_out"] == {}
     for member in planned.taking:
         one = saved.record["members"][member.name]
-        assert one["peak_bytes"] <= member.budget_bytes - member.flower_bytes
+        assert one["peak_bytes"] <= member.peak_bytes - member.flower_bytes
         assert one["server_peak_bytes"] <= member.server_peak_bytes
 
 
