@@ -86,8 +86,7 @@ def checked_steps(steps: int, accumulate: int) -> int:
     return steps
 
 
-# --- what plans say of a member
-# -----------------------------------------------------------------------------------------
+# --- what plans say of a member ---------------------------------------------------------------------------------------
 
 
 def described(spec: MemberSpec) -> dict[str, Any]:
@@ -133,8 +132,7 @@ def shared(profiles: Sequence[Profile], make: Callable[[Profile], T]) -> list[T]
     return result
 
 
-# --- one model
-# ----------------------------------------------------------------------------------------------------------
+# --- one model --------------------------------------------------------------------------------------------------------
 
 
 def check_one_model(profiles: Mapping[str, Profile]) -> None:

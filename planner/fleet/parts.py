@@ -161,8 +161,7 @@ def bits_of(fleet: AnyFleet) -> int:
     return fleet.bits if isinstance(fleet, PipelinePlan | SidePlan) else 0
 
 
-# --- bytes of messages
-# --------------------------------------------------------------------------------------------------
+# --- bytes of messages ------------------------------------------------------------------------------------------------
 
 
 def passing_of(passed: Sequence[Passed]) -> tuple[Passing, ...]:
@@ -196,8 +195,7 @@ def messages_bytes(
     )
 
 
-# --- how its members are started
-# ----------------------------------------------------------------------------------------
+# --- how its members are started --------------------------------------------------------------------------------------
 
 
 def listener(fleet: AnyStepFleet) -> int:

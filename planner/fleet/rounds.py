@@ -236,8 +236,7 @@ class _WholePlans:
         return self.rooms[at] <= self.plans[at].too_small
 
 
-# --- without a server
-# ---------------------------------------------------------------------------------------------------
+# --- without a server -------------------------------------------------------------------------------------------------
 
 
 class _WholeRounds(_Rounds[FederatedPlan]):
@@ -339,8 +338,7 @@ class _WholeRounds(_Rounds[FederatedPlan]):
         return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
 
 
-# --- with a server
-# ------------------------------------------------------------------------------------------------------
+# --- with a server ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)

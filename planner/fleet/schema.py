@@ -4,12 +4,13 @@ A fleet is **replicas** of a **chain** of **parts**, joined every so many steps.
 a plan of its own, within its own budget; a chain is one part, or several over which activations pass up and gradients
 down; replicas share out micro-batches or data. There are five kinds, each a point of that:
 
-| kind | replicas | parts of each | joined | |---|---|---|---| | data parallel | as many as members, which share out a
-step's micro-batches | 1, the whole model | every step, by the sum of gradients | | pipeline | 1 | as many as members,
-of some layers each | – | | mobillm | 1 | 2: the device's forward, the server's side network; messages pass up alone | –
-| | federated | as many as members, each with data of its own | 1, the whole model | every round, by the mean of
-adapters | | split federated | as many as members, each with data of its own | 2: the device's lower layers, the
-server's upper ones | the same |
+| kind | replicas | parts of each | joined |
+|---|---|---|---|
+| data parallel | as many as members, which share out a step's micro-batches | 1, the whole model | every step, by the sum of gradients |
+| pipeline | 1 | as many as members, of some layers each | – |
+| mobillm | 1 | 2: the device's forward, the server's side network; messages pass up alone | – |
+| federated | as many as members, each with data of its own | 1, the whole model | every round, by the mean of adapters |
+| split federated | as many as members, each with data of its own | 2: the device's lower layers, the server's upper ones | the same |
 
 `tightfit.planner.fleet.parts` says any plan in these terms.
 
@@ -39,7 +40,7 @@ A device that does not answer is left out.
 **Split federated.** The same, but each device computes the model's lower layers alone, and the server the rest. The
 server's budget holds one such pipeline at a time, so that it serves one device after the other. Each device answers
 with the lower part of its adapter; the upper part is what the server has trained for it.
-"""
+"""  # noqa: E501  a row of a table is one line
 
 from __future__ import annotations
 
@@ -83,8 +84,7 @@ class Passed(FrozenRecord):
     dtype: str = Field(description="torch dtype without the prefix")
 
 
-# --- members
-# ------------------------------------------------------------------------------------------------------------
+# --- members ----------------------------------------------------------------------------------------------------------
 
 
 class PlannedMember(FrozenRecord):
@@ -202,8 +202,7 @@ class SplitMember(FederatedMember):
     begin_seconds: float = Field(0.0, ge=0, description="when its service begins, counted from when the round does")
 
 
-# --- plans
-# --------------------------------------------------------------------------------------------------------------
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 M = TypeVar("M", bound=PlannedMember)
 

@@ -4,22 +4,26 @@ It reads the fleet's plan and its members' plans alone and shares nothing with t
 rule that holds for every kind of fleet stands here once, for each part of each chain (`parts`). Every violated
 invariant raises `InvalidFleet` with the invariant's name and the member:
 
-| invariant | what must hold | |---|---| | names | every member has a name of its own; where the order matters, those
-that compute come first | | micro-batches | data parallel: the members' runs follow one another in the chain's order and
-cover every micro-batch once | | layers | the parts of a chain follow one another, hold every layer once, and their
-plans are of these layers | | ahead | no part is ahead by less than nothing, more than a step or than the part below
-allows; the last one is in turns | | steps | rounds: members take all steps together, in whole updates | | link | both
-directions carry something, and latency is not negative | | plan | every part has a plan, the one with the fingerprint
-that is stated; members that take no part have none | | optimizer | that plan is of the fleet's updates: it hands
-gradients over, sends activations, or updates by itself | | model | the plans are of the fleet's model and batch, and
-train what is stated, each tensor in one part of a chain | | messages | what a part sends is what the next one receives,
-in the stated form, and so are the bytes of all messages | | exchange | `exchange_bytes` are what shelves and messages
-need, and the plan's floor has room for them | | budget | no peak is above its member's budget, and no plan is for more
-than that | | peak | the stated peak is the plan's, which is what its replay finds, with what is set aside | | seconds |
-a micro-batch takes what the plan's replay says, and each time of a round is what it adds up to | | order | no message
-is taken before it has arrived, and none sent before it was made; a server serves one device at a time | | makespan |
-what is stated is what the replay finds | | bound | no bound is above what it bounds |
-"""
+| invariant | what must hold |
+|---|---|
+| names | every member has a name of its own; where the order matters, those that compute come first |
+| micro-batches | data parallel: the members' runs follow one another in the chain's order and cover every micro-batch once |
+| layers | the parts of a chain follow one another, hold every layer once, and their plans are of these layers |
+| ahead | no part is ahead by less than nothing, more than a step or than the part below allows; the last one is in turns |
+| steps | rounds: members take all steps together, in whole updates |
+| link | both directions carry something, and latency is not negative |
+| plan | every part has a plan, the one with the fingerprint that is stated; members that take no part have none |
+| optimizer | that plan is of the fleet's updates: it hands gradients over, sends activations, or updates by itself |
+| model | the plans are of the fleet's model and batch, and train what is stated, each tensor in one part of a chain |
+| messages | what a part sends is what the next one receives, in the stated form, and so are the bytes of all messages |
+| exchange | `exchange_bytes` are what shelves and messages need, and the plan's floor has room for them |
+| budget | no peak is above its member's budget, and no plan is for more than that |
+| peak | the stated peak is the plan's, which is what its replay finds, with what is set aside |
+| seconds | a micro-batch takes what the plan's replay says, and each time of a round is what it adds up to |
+| order | no message is taken before it has arrived, and none sent before it was made; a server serves one device at a time |
+| makespan | what is stated is what the replay finds |
+| bound | no bound is above what it bounds |
+"""  # noqa: E501  a row of a table is one line
 
 from __future__ import annotations
 

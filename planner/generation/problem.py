@@ -174,8 +174,7 @@ class Problem:
                 in_head=name == self.form.head,
             )
 
-    # --- what is needed in any case
-    # ------------------------------------------------------------------------------------
+    # --- what is needed in any case -----------------------------------------------------------------------------------
 
     def places(self, pass_tokens: int) -> Places:
         """Every tensor beside the matrices, where passes take so many tokens."""

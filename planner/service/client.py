@@ -429,8 +429,7 @@ class Client:
         job: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
         return job
 
-    # --- data and answers
-    # ----------------------------------------------------------------------------------------------
+    # --- data and answers ---------------------------------------------------------------------------------------------
 
     def upload_data(self, file: str | os.PathLike[str], name: str | None = None) -> str:
         """Store a file of samples at the service, by default under its own name; returns what a run there takes as

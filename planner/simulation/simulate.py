@@ -4,24 +4,28 @@ seconds.
 It reads the plan file alone and shares no code with the search, so that it can check it. Every violated invariant
 raises `InvalidSchedule` with the invariant's name, the instruction and the tensor:
 
-| invariant | what must hold | |---|---| | form | an instruction has a known verb and names what the plan declares | |
-use-before-resident | whatever an instruction reads is resident | | already-resident | nothing is made twice, except
-that an operator may write the same value to the same place again | | offset | every tensor lies inside the arena,
-aligned | | overlap | no two resident tensors share a byte | | double-free | only resident tensors are freed | | leak |
-at the end exactly the `resident` tensors are there, each at its place | | operator-order | forward operators first run
-in order, backward operators run once, in order; an evaluation runs those for inference where a layer has them | |
-update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least
-once in all, and never where its layer's backward is left out; where gradients are clipped, in the update alone | |
-sum-once | where gradients are clipped, every step adds each complete gradient to its sum once, and no trainable is
-updated in it | | passed-once | a layer whose backward is left out passes a complete gradient of its output on as that
-of its input, at most once | | perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at
--1, and the update follows both | | lost-state | an updated trainable and its optimizer state are not dropped without a
-copy on disk | | transfer | only weights are read, only what was spilled is fetched | | budget | the peak is within the
-budget | | claims | the plan's own figures are those found here |
+| invariant | what must hold |
+|---|---|
+| form | an instruction has a known verb and names what the plan declares |
+| use-before-resident | whatever an instruction reads is resident |
+| already-resident | nothing is made twice, except that an operator may write the same value to the same place again |
+| offset | every tensor lies inside the arena, aligned |
+| overlap | no two resident tensors share a byte |
+| double-free | only resident tensors are freed |
+| leak | at the end exactly the `resident` tensors are there, each at its place |
+| operator-order | forward operators first run in order, backward operators run once, in order; an evaluation runs those for inference where a layer has them |
+| update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out; where gradients are clipped, in the update alone |
+| sum-once | where gradients are clipped, every step adds each complete gradient to its sum once, and no trainable is updated in it |
+| passed-once | a layer whose backward is left out passes a complete gradient of its output on as that of its input, at most once |
+| perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at -1, and the update follows both |
+| lost-state | an updated trainable and its optimizer state are not dropped without a copy on disk |
+| transfer | only weights are read, only what was spilled is fetched |
+| budget | the peak is within the budget |
+| claims | the plan's own figures are those found here |
 
 Time: one sequential compute timeline; one disk that serves requests in the order of issue (latency + bytes / bandwidth
 each); an instruction waits for the transfers it depends on; each byte moved costs the cores what the profile says.
-"""
+"""  # noqa: E501  a row of a table is one line
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Reads training and evaluation samples from files of JSON lines and from tables, and checks them one by one.
 
-| line | meaning | |---|---| | {"text": "..."} | plain text, packed into windows; every token is predicted | |
-{"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the
-chat template | | {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is
-predicted | | {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt
-and system | | {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two
-a line apart, and the assistant's | | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is
-the right choice or its index | | {"prompt": ..., "chosen": ..., "rejected": ...} | a pair of answers, for the losses
-DPO and ORPO; each answer is a string or a list with one message |
+| line | meaning |
+|---|---|
+| {"text": "..."} | plain text, packed into windows; every token is predicted |
+| {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
+| {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
+| {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt and system |
+| {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two a line apart, and the assistant's |
+| {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
+| {"prompt": ..., "chosen": ..., "rejected": ...} | a pair of answers, for the losses DPO and ORPO; each answer is a string or a list with one message |
 
 Pairs may also be two conversations {"chosen": [...], "rejected": [...]} that differ in their last message alone: what
 comes before is the prompt, beside which a `prompt` is not read.
@@ -17,7 +18,7 @@ Beside messages, `tools` are what the chat template shows the assistant as funct
 joined. Alpaca's `input` may be left out; `system` may stand beside it, and beside ShareGPT's turns. Files named
 .jsonl.gz are read as they are. A row of a table (`tightfit.runtime.data.tables`) is read as a line with its columns as
 keys.
-"""
+"""  # noqa: E501  a row of a table is one line
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ class Trial:
             check=False,
         )
 
-    def row(self) -> list[str]:
-        """Run both commands; the cells of the row."""
+    def row(self) -> tuple[list[str], bool]:
+        """Run both commands: the cells of the row, and whether both ended well."""
         begun = time.monotonic()
         lock = PACKAGES[self.packages]
         words = f"PYTHON={self.python}" + ("" if lock is None else f" LOCK='{lock}'")
@@ -75,7 +75,7 @@ class Trial:
         versions = self.run(
             ".venv/bin/python -c 'import platform, torch, numpy; print(platform.python_version(), torch.__version__, numpy.__version__)'"
         ).stdout.split() or ["?", "?", "?"]
-        return [
+        cells = [
             versions[0],
             self.user,
             self.packages,
@@ -84,6 +84,7 @@ class Trial:
             summary[-1] if summary else f"exit {tested.returncode}: {tested.stderr.strip()[-200:]}",
             f"{(time.monotonic() - begun) / 60:.0f}",
         ]
+        return cells, shown.returncode == tested.returncode == 0
 
 
 def main(
@@ -129,8 +130,8 @@ def tried(python: str, user: str, packages: str) -> list[str]:
     made = Trial(os.path.realpath(found), user, packages, folder)
     if made.run(f"{made.python} -c 'import venv, ensurepip'").returncode:
         return [python, user, packages, "", "untried: this user cannot use it", "", ""]
-    row = made.row()
-    if "ends well" in row and "fail" not in row[5] and "error" not in row[5] and "exit" not in row[5]:
+    row, well = made.row()
+    if well:
         shutil.rmtree(folder)
     return row
 

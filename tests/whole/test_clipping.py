@@ -174,8 +174,7 @@ def test_a_module_in_full_with_its_sums_on_disk(tmp_path: Path) -> None:
         assert [session.step(*batch) for batch in batches] == report["loss"]
 
 
-# --- the arithmetic
-# ----------------------------------------------------------------------------------------------------
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

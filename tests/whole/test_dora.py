@@ -337,7 +337,7 @@ def test_runs_at_two_budgets_give_one_adapter_from_which_another_run_starts(made
         own = report["processes"]["training"]
         assert own["measured"] <= own["predicted"]
     # The start of the process, for which there is an allowance of more than this, does not set the peak of the second.
-    assert own["predicted"] - own["measured"] < 4 << 20
+    assert own["predicted"] - own["measured"] < 7 << 19
     again = run(small, "random", steps=1, out=tmp_path / "again", lr=0.0, adapter=places[1])
     assert (places[1] / WEIGHTS).read_bytes() == (Path(again["adapter"]) / WEIGHTS).read_bytes()
     assert again["loss"][0] != reports[0]["loss"][0]

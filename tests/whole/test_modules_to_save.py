@@ -205,8 +205,7 @@ def test_bfloat16_gradients_of_tables_are_as_near_to_the_exact_ones_as_autograds
         assert relative_error(own[key], exact[key]) < 1.5 * relative_error(theirs[key], exact[key])
 
 
-# --- whole runs
-# --------------------------------------------------------------------------------------------------------
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
 STEPS, LR = 4, 5e-3
 RUN_BATCH, RUN_SEQ = 2, 32
@@ -349,8 +348,7 @@ def test_the_members_of_a_fleet_train_tables_as_one_process_does(tmp_path: Path)
     assert {adapter_hash(tmp_path / member.name) for member in fleet.members} == {expected}
 
 
-# --- estimates, rules, and what is refused
-# -----------------------------------------------------------------------------
+# --- estimates, rules, and what is refused ----------------------------------------------------------------------------
 
 
 def estimated(tmp_path: Path, config: dict[str, Any], *names: str, **settings: Any) -> Profile:

@@ -51,10 +51,14 @@ class _TextSoFar:
 def adapter_of(order: JobOrder, folder: Path) -> Path:
     """The adapter of the run that the order names, unpacked in `folder`."""
     with tarfile.open(fileobj=io.BytesIO(order.content(order.request["run"]))) as archive:
-        # Debian 12's Python, 3.11.2, has no filters; the archive is one that the service has written.
-        filters: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        archive.extractall(folder, **filters)  # noqa: S202
+        extract(archive, folder)
     return folder / "adapter"
+
+
+def extract(archive: tarfile.TarFile, folder: Path) -> None:
+    """Unpack an archive that a service has written. Python before 3.11.4, as Debian 12 has it, knows no filters."""
+    filters: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    archive.extractall(folder, **filters)  # noqa: S202
 
 
 def _command(order: JobOrder, folder: Path) -> list[str]:

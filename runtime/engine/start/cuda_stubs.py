@@ -75,8 +75,9 @@ def folder(cache: Path) -> str:
     import subprocess
 
     libraries = _libraries()
+    # Stubs are made for x86-64 alone.
     if libraries is None or not built_for_cuda() or platform.machine() != "x86_64":
-        return ""  # stubs are made for x86-64 alone
+        return ""
     path = machine_code.folder(cache) / f"cuda-stubs-{_key(libraries)}"
     if not path.is_dir():
         # On a read-only cache or a test process that hangs, go on without stubs. Another process may also have been

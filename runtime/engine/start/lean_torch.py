@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from tightfit.runtime.common import torch_interface
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.start import cuda_stubs, page_out
-from tightfit.runtime.engine.start.page_cache import cache_in_small_folios
+from tightfit.runtime.engine.start.page_cache import forget_large_folios
 from tightfit.runtime.engine.start.process import release_file_pages, split_file_mappings
 
 PLAIN = "TIGHTFIT_TORCH"  # set to "plain": import torch as usual
@@ -219,7 +219,7 @@ def _load() -> None:
     cuda_stubs.load()
     libraries = os.path.join(root, "lib")
     for name in ("libtorch_cpu.so", "libtorch_python.so"):
-        cache_in_small_folios(Path(libraries, name))
+        forget_large_folios(Path(libraries, name))
     ctypes.CDLL(os.path.join(libraries, "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so"))
     split_file_mappings()

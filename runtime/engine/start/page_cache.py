@@ -1,10 +1,9 @@
-"""Has the kernel cache a library in small pieces, so that loading it maps what is touched and not megabytes around it.
+"""Has the kernel forget a library that its page cache holds in large folios, before the library is loaded.
 
 Linux 6.18 maps the whole folio in which a touched page of a file lies, and ext4 and XFS make folios of up to 2 MiB of
 what was written in one go, as by an installation, or read from one end to the other, as by a copy. `import torch`
-touches pages all over its libraries: a lean start then took 71 MiB where it takes 61, and a run 38 MiB more than its
-plan. Nobody can split a mapping while the dynamic linker makes it; but the kernel can forget what it has cached, and
-faults read it again in pieces of 64 KiB.
+touches pages all over its libraries: a lean start then took 71 MiB where it takes 61. Nobody can split a mapping while
+the dynamic linker makes it; but the kernel can forget what it has cached, and faults read it again in small folios.
 
 Also imported by the budgeted process: the standard library only.
 """
@@ -20,12 +19,15 @@ from tightfit.runtime.engine.device.resident import memory
 TOUCHED = 16
 """pages of a library that are touched to see how much is mapped with each"""
 MOST_AROUND = 256 << 10
-"""bytes mapped with each page on average above which folios are large: `split_file_mappings` tells why 64 KiB are"""
+"""bytes that the kernel maps with a page, on average, above which folios are large; with small ones it maps 64 KiB
+(`tightfit.runtime.engine.start.process.split_file_mappings`)
+"""
 
 
-def cache_in_small_folios(library: Path) -> bool:
-    """Whether the library was cached in large folios, and the kernel was told to forget it; what other processes have
-    mapped it keeps. Call it before the library is loaded. Returns False where the file cannot be read.
+def forget_large_folios(library: Path) -> bool:
+    """Have the kernel drop the library from its page cache if it lies there in large folios, and return whether it did.
+    Pages that other processes have mapped stay. Call it before the library is loaded; False too for a file that cannot
+    be read.
     """
     try:
         with library.open("rb") as file:

@@ -72,8 +72,7 @@ def check_bounds(candidates, micro_batches, found):
         assert {division for division, seconds in found.items() if seconds < math.inf} <= {one for _, one in listed}
 
 
-# --- made-up devices, which plan in no time
-# ----------------------------------------------------------------------------
+# --- made-up devices, which plan in no time ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,7 @@ def test_made_up_devices_that_are_too_many(made):
     assert search.makespan <= best * 1.2 or search.makespan == best == math.inf
 
 
-# --- devices that plan
-# -------------------------------------------------------------------------------------------------
+# --- devices that plan ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"budget": 18 * MIB}, {"latency": 0.05, "rate": 1e6}])

@@ -198,8 +198,7 @@ def test_ctrl_c_before_there_is_a_chain(members, monkeypatch):
         interrupted(monkeypatch, members((1.0, 0.5, 0.4)), 1)
 
 
-# --- what cannot be planned
-# --------------------------------------------------------------------------------------------
+# --- what cannot be planned -------------------------------------------------------------------------------------------
 
 
 def refused(specs, match, micro_batches=4):

@@ -41,8 +41,7 @@ def profile(tmp_path_factory):
     return with_operators(made, lambda one: {"seconds": 1e-3 + one.flops / 1e9, "workspace_bytes": 1 << 14})
 
 
-# --- the device
-# ---------------------------------------------------------------------------------------------------------
+# --- the device -------------------------------------------------------------------------------------------------------
 
 
 def test_blocks_are_chosen_at_even_distances_with_the_last_one():
@@ -120,8 +119,7 @@ def test_blocks_and_bits_that_cannot_be_used_are_refused(profile, blocks, bits, 
         device_forward(profile, blocks, bits)
 
 
-# --- the policy
-# ---------------------------------------------------------------------------------------------------------
+# --- the policy -------------------------------------------------------------------------------------------------------
 
 
 def test_the_policy_plans_the_forward_and_says_what_its_result_is(profile):
@@ -169,8 +167,7 @@ def test_a_module_and_a_run_without_a_server_are_refused(profile, tmp_path):
         run(plan(profile, BUDGET, policy="mobillm"), "random", steps=1, out=tmp_path / "run")
 
 
-# --- the server
-# ---------------------------------------------------------------------------------------------------------
+# --- the server -------------------------------------------------------------------------------------------------------
 
 
 def test_the_server_receives_each_activation_before_the_adapter_that_reads_it(profile):
@@ -188,8 +185,7 @@ def test_the_server_receives_each_activation_before_the_adapter_that_reads_it(pr
         server_profile(profile, micro_batches=4)
 
 
-# --- the plan of both
-# ---------------------------------------------------------------------------------------------------
+# --- the plan of both -------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_as_long_as_its_slowest_part_and_the_way_there():

@@ -20,7 +20,7 @@ from served import Served, service
 
 from tightfit.planner.service.client import connect
 from tightfit.planner.service.http.example import example_profile
-from tightfit.planner.service.jobs.answering import _command, _TextSoFar
+from tightfit.planner.service.jobs.answering import _command, _TextSoFar, extract
 from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.wire.objects import ObjectStore
@@ -142,7 +142,7 @@ def test_a_model_answers_by_itself_and_with_the_adapter_of_a_run(tmp_path, work,
             # The adapter is added to the model where it lies.
             packed = client.merged(run["id"], tmp_path / "merged.tar", "safetensors")
             with tarfile.open(packed) as archive:
-                archive.extractall(tmp_path)
+                extract(archive, tmp_path)
             file = client.merged(run["id"], tmp_path / "merged.gguf")
         merged = directory_source(tmp_path / "merged")
         original = directory_source(work / "model")

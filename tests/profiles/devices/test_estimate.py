@@ -239,8 +239,7 @@ def test_without_flops_nothing_can_be_told():
         retarget(decoder_like(2, tokens=64, slices=2, slice_rows=256), made_up())
 
 
-# --- descriptions
-# ------------------------------------------------------------------------------------------------------
+# --- descriptions -----------------------------------------------------------------------------------------------------
 
 
 def test_every_known_device_is_whole_and_found_by_its_name():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tightfit.runtime.engine.start.page_cache import MOST_AROUND, cache_in_small_folios, mapped_around
+from tightfit.runtime.engine.start.page_cache import MOST_AROUND, forget_large_folios, mapped_around
 
 MIB = 1 << 20
 
@@ -20,13 +20,13 @@ def test_a_library_that_was_written_in_one_go_is_mapped_in_small_pieces(tmp_path
     library.write_bytes(content)
     if around(library) <= MOST_AROUND:
         pytest.skip("this kernel or file system makes no large folios")
-    assert cache_in_small_folios(library)
+    assert forget_large_folios(library)
     assert around(library) <= MOST_AROUND
-    assert not cache_in_small_folios(library)
+    assert not forget_large_folios(library)
     assert library.read_bytes() == content
 
 
 def test_what_is_no_library_is_left_alone(tmp_path):
     (tmp_path / "empty.so").touch()
-    assert not cache_in_small_folios(tmp_path / "empty.so")
-    assert not cache_in_small_folios(tmp_path / "none.so")
+    assert not forget_large_folios(tmp_path / "empty.so")
+    assert not forget_large_folios(tmp_path / "none.so")

@@ -92,8 +92,7 @@ def floor(**extra: str) -> tuple[dict[str, int], int]:
     return told, most
 
 
-# --- what moves
-# ---------------------------------------------------------------------------------------------------------
+# --- what moves -------------------------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -284,8 +283,7 @@ def test_a_disk_that_refuses_at_the_end_is_told_and_loses_nothing(tmp_path):
     assert whole == "True"
 
 
-# --- where it cannot be
-# -------------------------------------------------------------------------------------------------
+# --- where it cannot be -----------------------------------------------------------------------------------------------
 
 
 def test_without_a_compiler_all_stays_in_memory(tmp_path, monkeypatch):
