@@ -24,7 +24,7 @@ from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_memory import KnownMemory
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.data.samples import Text, read_samples
-from tightfit.runtime.engine.start import page_out
+from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.weights import native
 
@@ -77,7 +77,8 @@ def _saved(plan: Plan, path: Path, **model: Any) -> Path:
 def _prepared(plan: Path, data: Path | str, out: Path, left: str = "128") -> dict[str, Any]:
     """What preparing a run says and holds, in a process whose plan's budget leaves so many MiB, or that of the plan."""
     # The stores lie in a cache of their own; compiled code, which preparing does not call, is not made for it.
-    made = {native.VARIABLE: "", page_out.VARIABLE: "", "TIGHTFIT_CACHE": str(plan.parent)}
+    made = dict.fromkeys((native.VARIABLE, page_out.VARIABLE, cuda_stubs.VARIABLE), "")
+    made["TIGHTFIT_CACHE"] = str(plan.parent)
     environment = os.environ | {"PYTHONPATH": str(SOURCES)} | made
     words = [sys.executable, "-c", PREPARED, str(plan), str(data), str(out), left]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
