@@ -10,11 +10,13 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.limits import processor_time
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.strict_json import JsonError, read_json
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG
@@ -53,6 +55,10 @@ READ = (
 """Fields that `from_peft` reads."""
 OF_EXPERTS = ("gate_up_proj", "down_proj")
 """Parameters of a module with all experts of a layer that pairs are for, in the order in which PEFT nests them."""
+MATCHING_SECONDS = 5.0
+"""of the processor, for all matches of patterns with names of layers: nested repeats, such as ``(a+)+``, take for
+ever
+"""
 WITHOUT_EFFECT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
@@ -156,8 +162,22 @@ class LoraConfig:
         """The pairs of those of a model's linear `layers` that are chosen. Patterns of ranks and alphas may be for
         `others`.
 
-        Raises InputError for a name, pattern or layer number that chooses nothing.
+        Raises InputError for a name, pattern or layer number that chooses nothing, and for a pattern that takes for
+        ever.
         """
+        with self._matching():
+            return self._chosen(layers, model, others)
+
+    def _matching(self) -> AbstractContextManager[None]:
+        patterns = [*([self.targets] if self.is_pattern else ()), *self.rank_pattern, *self.alpha_pattern]
+        patterns += self.layers_pattern
+        message = (
+            f"matching {' and '.join(map(repr, patterns))} with names of layers takes more than {MATCHING_SECONDS:g} s:"
+            " write the pattern without repeats of repeats"
+        )
+        return processor_time(MATCHING_SECONDS, InputError(message))
+
+    def _chosen(self, layers: Sequence[str], model: str, others: Sequence[str]) -> dict[str, Pair]:
         short = sorted({_last(name) for name in layers})
         for wanted in self.names:
             if not any(_called(name, wanted) for name in layers):
@@ -200,7 +220,11 @@ class LoraConfig:
                 raise InputError(
                     f"{asked}: pairs of experts have no {spelled(option)}, as in PEFT; leave one of them out"
                 )
-        found = {}
+        with self._matching():
+            return self._chosen_experts(modules)
+
+    def _chosen_experts(self, modules: Sequence[str]) -> dict[str, Pair]:
+        asked, found = spelled("lora_experts"), {}
         for name in modules:
             if self.layers is None or self._number(name) in self.layers:
                 up, down = (self.pair(f"{name}.{parameter}") for parameter in OF_EXPERTS)

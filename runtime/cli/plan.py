@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import format_size, parse_size
+from tightfit.runtime.engine.start.page_cache import forget_large_folios
 from tightfit.runtime.session.options import RehearsalOptions
 from tightfit.runtime.supervision.printing import answer
 
@@ -228,6 +230,10 @@ def check_planning(profile: Profile, budget: int, options: PlanOptions) -> None:
         planning_bytes(profile, budget, options),
         "let a service plan (--server URL), or plan on a machine with more memory, or with more",
     )
+    solvers = find_spec("ortools")
+    for folder in solvers.submodule_search_locations or () if solvers else ():
+        for library in Path(folder).rglob("*.so*"):
+            forget_large_folios(library)
 
 
 def _run_next(plan: Plan, path: Path) -> str:

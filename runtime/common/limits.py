@@ -1,10 +1,12 @@
-"""Limits what a process may reserve, and explains memory errors that come of the shell's limits (`ulimit -v`, `ulimit
--d`).
+"""Limits what a process may reserve and how long it may compute, and explains memory errors that come of the shell's
+limits (`ulimit -v`, `ulimit -d`).
 """
 
 from __future__ import annotations
 
 import resource
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +42,27 @@ def allocating(most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (before, highest))
+
+
+@contextmanager
+def processor_time(most: float, error: Exception) -> Iterator[None]:
+    """While entered, this process may compute for `most` seconds: then its main thread gets the error, also within a
+    match of a regular expression. Nothing is limited for other threads.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, most)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def limited(*, hardly_enough: bool = False) -> str | None:

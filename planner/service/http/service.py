@@ -43,9 +43,9 @@ def opened(settings: Settings) -> Iterator[Service]:
     redaction = Redaction(settings.folders)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock(settings.data_dir))
-        store = JobStore(settings.data_dir / "service.sqlite")
-        stack.callback(store.close)
         objects = ObjectStore(settings.data_dir / "objects")
+        store = JobStore(settings.data_dir / "service.sqlite", objects)
+        stack.callback(store.close)
         events = Events(redaction.job)
         supervisor = Supervisor(settings, store, objects, events)
         supervisor.recover()

@@ -56,11 +56,11 @@ class Uploads:
         async with self._body(request) as path:
             # What is here already, as it is stored, is known by its checksum alone.
             checksum = await asyncio.to_thread(_checksum, path, encoding, self._settings.upload_bytes)
-            known = self._store.file(kind, checksum)
             with contextlib.suppress(UnreadableError):  # then it is stored anew
-                if known is not None:
+                if self._store.file(kind, checksum) is not None:
                     await asyncio.to_thread(self._objects.check, checksum)
-                    return known, False
+                    if (known := self._store.file(kind, checksum)) is not None:  # not deleted meanwhile
+                        return known, False
             file = await self._read_in_turn(path, encoding, kind)
         new = self._store.file(kind, file["id"]) is None
         return self._store.add(file), new

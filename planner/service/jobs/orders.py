@@ -44,6 +44,8 @@ class JobOrder:
     """folder of the content-addressed files"""
     memory_bytes: int | None
     """private memory that the work may take (RLIMIT_DATA)"""
+    cpu_seconds: int | None = None
+    """of the processor that it may take (RLIMIT_CPU)"""
     digests: dict[str, str] = field(default_factory=dict)
     """id of each profile or plan that the request names -> digest of its object"""
     names: dict[str, str] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from tightfit.planner.service.jobs.labels import file_label, job_label
 from tightfit.planner.service.jobs.tables import make_tables
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
 from tightfit.planner.service.wire.inputs import StoredUpload
-from tightfit.planner.service.wire.objects import StoredObject
+from tightfit.planner.service.wire.objects import ObjectStore, StoredObject
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     Digest,
@@ -105,11 +105,11 @@ class Page(Generic[T]):
 
 
 class JobStore:
-    def __init__(self, path: Path) -> None:
-        """Raises StorageError where the disk is full or cannot be written, and InputError for a file that is no
-        database, or one of another version.
+    def __init__(self, path: Path, objects: ObjectStore) -> None:
+        """`objects` hold what the rows of files refer to. Raises StorageError where the disk is full or cannot be
+        written, and InputError for a file that is no database, or one of another version.
         """
-        self._path = path
+        self._path, self._objects = path, objects
         with failing_disk(path):
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
@@ -374,6 +374,7 @@ class JobStore:
                     database.execute(
                         "INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", (identity, file["kind"], file["id"])
                     )
+        self._unstage(files)
         return self.job(identity)
 
     def requeue(self, identity: str, *, counted: bool) -> ServiceJob:
@@ -451,18 +452,27 @@ class JobStore:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def add(self, file: Row) -> Row:
-        """Keep a file whose object is on disk; one of the same kind and id stays, with the new summary and its own
+        """Keep a file whose object is staged; one of the same kind and id stays, with the new summary and its own
         explanation.
 
         A profile that was uploaded and is then made here counts as made, and stays so when it is uploaded again.
         """
         with self._transaction():
             self._add(file, time.time())
+        self._unstage([file])
         row = self.file(file["kind"], file["id"])
         assert row is not None
         return row
 
+    def _unstage(self, files: Sequence[Row]) -> None:
+        for file in files:
+            if file["digest"] is not None:
+                self._objects.unstage(file["staged"])
+
     def _add(self, file: Row, now: float) -> None:
+        """Within a transaction; the object stays staged until that is on disk."""
+        if file["digest"] is not None:
+            self._objects.place(file["digest"], file["staged"])
         self._database.execute(
             "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, paths, label, created,"
             " used) VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :paths, :label, :now,"
@@ -709,11 +719,12 @@ def file_row(
     origin: str | None = None,
     paths: Row | None = None,
 ) -> Row:
-    """The row of a stored object for `JobStore.add`."""
+    """The row of a staged object for `JobStore.add`."""
     return {
         "kind": kind,
         "id": identity,
         "digest": written.digest,
+        "staged": written.staged,
         "bytes": written.bytes,
         "stored_bytes": written.stored_bytes,
         "name": name,
@@ -724,7 +735,7 @@ def file_row(
 
 
 def upload_row(written: StoredObject, name: str) -> Row:
-    """The row of a stored file of samples: under another name it is another upload."""
+    """The row of a staged file of samples: under another name it is another upload."""
     identity = hashlib.sha256(f"{written.digest} {name}".encode()).hexdigest()
     return file_row("upload", identity, written, name=name, summary={})
 

@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from tightfit.planner.service.wire.schema import Error, JobKind, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 
 T = TypeVar("T")
+READING_SECONDS = 60
+"""of the processor, for all that a job does beside its search"""
 RETAIN_SECONDS = 60.0
 DISK_SECONDS = 5.0
 """between tries to write where the disk is full"""
@@ -37,6 +40,18 @@ log = logging.getLogger("tightfit.service")
 def lane_of(kind: JobKind) -> str:
     """Where a job waits for its turn: those that measure or train need this machine's device to themselves."""
     return LOCAL if kind in {"profile", "run", "answer", "merge"} else SOLVE
+
+
+def cpu_seconds(request: Mapping[str, Any]) -> int | None:
+    """Seconds of the processor that a job may take which has a time limit: twice as many for each of its plans, and
+    what reading and writing take. None for jobs without one, which `Settings.job_seconds` ends.
+    """
+    if (limit := request.get("time_limit")) is None:
+        return None
+    plans = math.prod(
+        len(request[part]) for part in ("memory", "policies", "devices") if isinstance(request.get(part), list)
+    )
+    return READING_SECONDS + math.ceil(2 * plans * limit)
 
 
 class Supervisor:
@@ -175,6 +190,7 @@ class Supervisor:
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),
             memory_bytes=None if alone else self.settings.solve_bytes,
+            cpu_seconds=cpu_seconds(job.request),
             folders=[str(folder) for folder in self.settings.folders],
             paths=next((json.loads(row["paths"]) for row in rows if row["paths"] is not None), {}),
         )
@@ -201,6 +217,10 @@ class Supervisor:
             error = Error(code=end["code"], message=end["message"])
             if "unreadable" in end:
                 error = Error(code="input", message=str(self.store.damaged(end["unreadable"], end["message"])))
+        elif code == -signal.SIGXCPU:
+            seconds = cpu_seconds(job.request)
+            message = f"the job took more than the {seconds} s of the processor that its time_limit gives it"
+            error = Error(code="too_slow", message=f"{message}; set a smaller time_limit, or ask for fewer plans")
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
             return self.store.requeue(job.id, counted=True)

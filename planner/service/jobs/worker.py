@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +125,9 @@ def _carry_out(order: JobOrder, events: EventWriter) -> None:
     work = _work_of(order.kind)
     if order.memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
+    if order.cpu_seconds is not None:
+        most = math.ceil(time.process_time()) + order.cpu_seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
     try:
         result = work(order, events)
     except MemoryError:

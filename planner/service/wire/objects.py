@@ -1,6 +1,8 @@
 """Content-addressed files: JSON and archives, compressed, each under the sha256 of what it holds.
 
-A file appears whole or not at all and is on disk before anything refers to it, so a kill at any moment leaves at most
+Whatever process makes one writes it whole into the folder ``tmp`` (`put`). The service alone places it under its
+checksum, in the transaction in which it adds the row that refers to it, and removes it in the thread in which it has
+removed the last such row: an upload never meets the deletion of what it repeats. A kill at any moment leaves at most
 files that nothing refers to; `ObjectStore.sweep` removes them when the service starts.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 from typing import IO
 
 from tightfit.planner.service.wire.errors import ServiceError, UnreadableError, failing_disk
@@ -30,6 +33,8 @@ class StoredObject:
     """size of the content"""
     stored_bytes: int
     """size on disk, compressed"""
+    staged: str
+    """name in the folder ``tmp`` until a row refers to it"""
 
 
 class ObjectStore:
@@ -45,15 +50,15 @@ class ObjectStore:
         return self.folder / digest[:2] / digest[2:]
 
     def put(self, content: bytes) -> StoredObject:
-        """Store `content`. Raises StorageError where the disk refuses."""
+        """Write `content` for a row that is to be added. Raises StorageError where the disk refuses."""
         return self.put_chunks([content])
 
     def put_chunks(self, chunks: Iterable[bytes]) -> StoredObject:
         digest, size = hashlib.sha256(), 0
-        temporary_file = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
+        staged = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
         with failing_disk(self.folder):
             try:
-                with temporary_file.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
+                with staged.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
                     for chunk in chunks:
                         digest.update(chunk)
                         size += len(chunk)
@@ -61,16 +66,31 @@ class ObjectStore:
                     packed.close()
                     raw.flush()
                     os.fsync(raw.fileno())
-                path = self.path(digest.hexdigest())
-                path.parent.mkdir(exist_ok=True)
-                temporary_file.rename(path)  # over what is there, too: it may be damaged
-                sync_directory(path.parent)
-                sync_directory(self.folder)
-                stored = path.stat().st_size
-            finally:
-                with suppress(OSError):
-                    temporary_file.unlink()
-        return StoredObject(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
+                    stored = raw.tell()
+            except BaseException:
+                staged.unlink(missing_ok=True)
+                raise
+        return StoredObject(digest=digest.hexdigest(), bytes=size, stored_bytes=stored, staged=staged.name)
+
+    def place(self, digest: str, staged: str) -> None:
+        """Put a file of ``tmp``, which stays there, under its checksum. Raises OSError where the disk refuses."""
+        path, source, second = self.path(digest), self.temporary / staged, self.temporary / f"{staged}-placed"
+        path.parent.mkdir(exist_ok=True)
+        second.unlink(missing_ok=True)
+        try:
+            second.hardlink_to(source)
+        except OSError:  # a file system without links
+            copyfile(source, second)
+            with second.open("rb") as file:
+                os.fsync(file.fileno())
+        second.rename(path)  # over what is there, too: it may be damaged
+        second.unlink(missing_ok=True)  # where that was the same file
+        sync_directory(path.parent)
+        sync_directory(self.folder)
+
+    def unstage(self, staged: str) -> None:
+        """Remove a file of ``tmp`` whose row is in the database."""
+        (self.temporary / staged).unlink(missing_ok=True)
 
     def read(self, digest: str) -> bytes:
         """The content. Raises UnreadableError where it is not what was written."""

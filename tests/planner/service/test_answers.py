@@ -41,6 +41,8 @@ def asked(tmp_path, **request):
         entry.size = 2
         archive.addfile(entry, io.BytesIO(b"{}"))
     profile, adapter = objects.put(example_profile()), objects.put(packed.getvalue())
+    for written in (profile, adapter):
+        objects.place(written.digest, written.staged)
     return JobOrder(
         kind="answer",
         request={"profile": "p", "run": None, "prompt": "hi", "max_tokens": 7, "template": True, "memory": None}

@@ -108,7 +108,8 @@ def test_a_request_may_be_64_levels_deep(http):
 @given(value=ANYTHING)
 def test_what_is_stored_can_be_shown(tmp_path_factory, value):
     """Whoever asks the store, by whichever door: requests and results."""
-    store = JobStore(tmp_path_factory.mktemp("store") / "s.sqlite")
+    folder = tmp_path_factory.mktemp("store")
+    store = JobStore(folder / "s.sqlite", ObjectStore(folder / "objects"))
     try:
         job, _ = store.enqueue("plan", "solve", {"value": value}, content=None, key=None, waiting=9)
     except ServiceError as refusal:
@@ -146,7 +147,7 @@ VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.binary(
 @given(column=st.sampled_from(COLUMNS), value=VALUES, blob=st.booleans())
 def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, column, value, blob):
     folder = tmp_path_factory.mktemp("store")
-    store = JobStore(folder / "s.sqlite")
+    store = JobStore(folder / "s.sqlite", ObjectStore(folder / "objects"))
     first, second = (
         store.enqueue("plan", "solve", {"n": number}, content=None, key=None, waiting=9)[0].id for number in range(2)
     )
@@ -167,7 +168,7 @@ def test_a_stored_job_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory,
             with pytest.raises(ServiceError, match="could not be read and was set aside as set-aside/job-"):
                 store.job(first)
         store.close()
-        store = JobStore(folder / "s.sqlite")
+        store = JobStore(folder / "s.sqlite", ObjectStore(folder / "objects"))
         store.recover()
     taken = []
     while (job := store.next("solve")) is not None:
@@ -250,7 +251,8 @@ FILE_COLUMNS = (
 @example(kind="plan", column="kind", value=b"plan", blob=True)
 def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory, kind, column, value, blob):
     folder = tmp_path_factory.mktemp("store")
-    store, objects = JobStore(folder / "s.sqlite"), ObjectStore(folder / "objects")
+    objects = ObjectStore(folder / "objects")
+    store = JobStore(folder / "s.sqlite", objects)
     first, second = "1" * 64, "2" * 64
     for other, summary in SUMMARIES.items():
         for identity in (first, second):
@@ -272,7 +274,7 @@ def test_a_stored_file_that_cannot_be_read_is_set_aside_by_name(tmp_path_factory
                 assert store.set_aside() == store.set_aside(kind) == [f"{kind}-{first}"]
                 assert "could not be read and was set aside as set-aside/" in str(store.missing(kind, first))
         store.close()
-        store = JobStore(folder / "s.sqlite")
+        store = JobStore(folder / "s.sqlite", ObjectStore(folder / "objects"))
         store.recover()
         assert store.expire(before=-1e300, keep_bytes=1 << 62) == []
         left = store._count("SELECT count(*) AS n FROM files")

@@ -120,6 +120,18 @@ def test_what_only_tracing_shows_is_the_job_s_error(served, tmp_path):
         service_.bundle(request)
 
 
+@pytest.mark.slow
+def test_a_pattern_of_nested_repeats_is_refused_while_another_plan_goes_through(served, tmp_path):
+    request = requested(tmp_path, lora_targets=r"((\w|\.)+)+!")
+    started = time.monotonic()
+    with (
+        connect(served.url) as service_,
+        pytest.raises(InputError, match="write the pattern without repeats of repeats"),
+    ):
+        service_.bundle(request)
+    assert time.monotonic() - started < 60  # without a bound it takes years
+
+
 def post(http, body):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return http.post("/v1/bundles", content=content, headers={"Content-Type": "application/json"})

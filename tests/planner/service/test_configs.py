@@ -168,6 +168,7 @@ def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, mon
     made = profiling.profile(order, SimpleNamespace(progress=lambda **what: told.append(what)))
     kept = {row["kind"]: row for row in made["files"]}
     assert kept["cache"]["id"].endswith("/config.json")
+    objects.place(kept["profile"]["digest"], kept["profile"]["staged"])
     found = parse_profile(objects.read(kept["profile"]["digest"]), "the stored profile")
     assert (found.model.config["model_type"], found.model.kind, found.seq) == ("olmo2", "decoder", 16)
     assert 0 < plan(found, 1 << 30, policy="keep-all").peak_bytes < 1 << 30

@@ -97,8 +97,8 @@ CONTENTS = {
 def test_what_is_stored_and_cannot_be_used_is_told_in_words(tmp_path, content):
     with service(tmp_path) as http:
         own = http.app.state.service
-        written = own.objects.put(CONTENTS[content].encode(errors="surrogatepass"))
         for kind in ("profile", "plan"):
+            written = own.objects.put(CONTENTS[content].encode(errors="surrogatepass"))
             of = {"origin": {"profile": "made", "plan": "1" * 64}.get(kind), "paths": {} if kind == "profile" else None}
             own.store.add(file_row(kind, "1" * 64, written, name="n", summary=SUMMARIES[kind], **of))
         told = http.get(f"/v1/plans/{'1' * 64}/view")

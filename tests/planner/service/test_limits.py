@@ -24,9 +24,10 @@ from synthetic import decoder_like, small_chain
 
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.problem.optimizers import chosen
+from tightfit.planner.service.jobs import supervisor
 from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore
-from tightfit.planner.service.jobs.supervisor import Supervisor
+from tightfit.planner.service.jobs.supervisor import Supervisor, cpu_seconds
 from tightfit.planner.service.jobs.upload_limits import check_size
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.events import Events
@@ -162,6 +163,19 @@ def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
             assert ended["error"]["message"] == "the job took longer than 1 s; set a smaller time_limit"
         begun = http.get(f"/v1/jobs/{second['id']}").json()["started"]
         assert begun >= http.get(f"/v1/jobs/{first['id']}").json()["finished"]
+
+
+def test_a_job_gets_the_processor_for_as_long_as_its_time_limit_says(tmp_path, monkeypatch):
+    """Whatever holds it: a pattern of a stranger, a graph, a library."""
+    request = {"memory": [1, 2, 3], "policies": ["solver"], "devices": ["a", "b"], "time_limit": 1.5}
+    assert cpu_seconds(request) == supervisor.READING_SECONDS + 18
+    assert cpu_seconds({"memory": 1, "time_limit": 1.5}) == supervisor.READING_SECONDS + 3
+    assert cpu_seconds({"data": "x"}) is None
+    monkeypatch.setattr(supervisor, "cpu_seconds", lambda request: 2)
+    with service(tmp_path) as http:
+        ended = wait(http, endless(http, 1).json())
+        assert (ended["state"], ended["error"]["code"]) == ("failed", "too_slow")
+        assert ended["error"]["message"].startswith("the job took more than the 2 s of the processor that its time_lim")
 
 
 def test_a_solve_over_its_memory_fails_alone(tmp_path):
@@ -480,8 +494,9 @@ def full(tmp_path, monkeypatch):
     """A supervisor and a run of its that is running, on a disk that is full until `full.room` is set."""
     monkeypatch.setattr("tightfit.planner.service.jobs.supervisor.DISK_SECONDS", 0.01)
     settings = Settings(data_dir=tmp_path, command=())
-    store, events = JobStore(tmp_path / "s.sqlite"), Events()
-    supervisor = Supervisor(settings, store, ObjectStore(tmp_path / "objects"), events)
+    objects, events = ObjectStore(tmp_path / "objects"), Events()
+    store = JobStore(tmp_path / "s.sqlite", objects)
+    supervisor = Supervisor(settings, store, objects, events)
     supervisor._wake["cpu"] = asyncio.Event()
     supervisor.room = False
     finish = store.finish

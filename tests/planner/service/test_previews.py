@@ -32,8 +32,9 @@ def served(tmp_path_factory, cache):
     made = profile(root / "model", seq=SEQ, batch=2, lora_rank=4, device="phone")
     model, paths = Redaction([root]).model(made.model)
     made = made.model_copy(update={"model": model})
-    row = keep_profile(ObjectStore(folder / "data" / "objects"), made, origin="made", paths=paths)
-    store = JobStore(folder / "data" / "service.sqlite")
+    objects = ObjectStore(folder / "data" / "objects")
+    row = keep_profile(objects, made, origin="made", paths=paths)
+    store = JobStore(folder / "data" / "service.sqlite", objects)
     store.add(row)
     store.close()
     assert made.model.source == "model"

@@ -34,8 +34,8 @@ PROFILE, PLAN = {"policies": []}, {"status": "optimal", "policy": "solver", "bud
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = JobStore(tmp_path / "s.sqlite")
+def store(tmp_path, objects):
+    opened = JobStore(tmp_path / "s.sqlite", objects)
     yield opened
     opened.close()
 
@@ -146,12 +146,13 @@ def test_a_full_queue_refuses(store):
 
 
 def test_what_is_measured_here_counts_as_made_whoever_uploaded_it_before(store, objects):
-    written = objects.put(b"a profile")
     for origin, kept in (("uploaded", "uploaded"), ("made", "made"), ("uploaded", "made")):
+        written = objects.put(b"a profile")
         row = store.add(file_row("profile", OWN, written, name="p", summary=PROFILE, origin=origin))
         assert row["origin"] == kept
     # A plan's origin is the profile that it was made from.
     for origin in (OWN, "0" * 64):
+        written = objects.put(b"a plan")
         row = store.add(file_row("plan", OWN, written, name="p", summary=PLAN, origin=origin))
         assert row["origin"] == OWN
 
@@ -174,7 +175,7 @@ def test_what_ran_waits_again_but_not_for_ever(store):
 
 def test_what_was_acknowledged_is_there_for_another_connection(store, tmp_path):
     job, _ = ask(store)
-    other = JobStore(tmp_path / "s.sqlite")
+    other = JobStore(tmp_path / "s.sqlite", store._objects)
     assert other.job(job.id) == job
     other.close()
     assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
@@ -204,16 +205,16 @@ def test_a_transaction_that_fails_changes_nothing_and_a_disk_that_refuses_is_tol
     assert store.stored_bytes() == 0
 
 
-def test_a_database_that_is_none_is_told(tmp_path):
+def test_a_database_that_is_none_is_told(tmp_path, objects):
     path = tmp_path / "s.sqlite"
     path.write_bytes(b"no database at all, but long enough to be one" * 30)
     with pytest.raises(InputError, match=r"s\.sqlite: damaged \(file is not a database\); restore it, or name another"):
-        JobStore(path)
+        JobStore(path, objects)
 
 
-def test_the_schema_has_a_version(tmp_path):
+def test_the_schema_has_a_version(tmp_path, objects):
     path = tmp_path / "s.sqlite"
-    JobStore(path).close()
+    JobStore(path, objects).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
         for other in (SCHEMA - 1, SCHEMA + 1):
@@ -221,19 +222,24 @@ def test_the_schema_has_a_version(tmp_path):
             with pytest.raises(
                 InputError, match=rf"written by another version of tightfit \(schema {other}, this one has {SCHEMA}\)"
             ):
-                JobStore(path)
+                JobStore(path, objects)
 
 
 def test_objects_appear_whole_under_their_digest(objects):
     written = objects.put(b"abc" * 1000)
     assert written.bytes == 3000
+    with pytest.raises(UnreadableError):
+        objects.read(written.digest)
+    objects.place(written.digest, written.staged)
+    objects.place(written.digest, written.staged)  # as where a transaction failed
+    objects.unstage(written.staged)
     assert objects.read(written.digest) == b"abc" * 1000
     assert b"".join(objects.unpack(written.digest)) == b"abc" * 1000
     assert gzip.decompress(objects.packed(written.digest)) == b"abc" * 1000
-    assert objects.put(b"abc" * 1000) == written
-    (objects.temporary / "left").write_bytes(b"half")
-    other = objects.put(b"other")
-    assert objects.sweep({written.digest}) == 2
+    again, other = objects.put(b"abc" * 1000), objects.put(b"other")
+    assert (again.digest, again.stored_bytes) == (written.digest, written.stored_bytes)
+    objects.place(other.digest, other.staged)
+    assert objects.sweep({written.digest}) == 3
     assert objects.read(written.digest)
     with pytest.raises(UnreadableError, match="No such file"):
         objects.read(other.digest)
@@ -378,9 +384,8 @@ def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_o
 
 
 def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):
-    written = objects.put(b"a plan")
     for told, kept in (({"a": 1}, {"a": 1}), ({"a": 2, "explanation": {}}, {"a": 2, "explanation": {}}), ({"a": 3, "explanation": None}, {"a": 2, "explanation": {}})):  # fmt: skip
-        row = store.add(file_row("plan", OWN, written, name="p", summary=PLAN | told))
+        row = store.add(file_row("plan", OWN, objects.put(b"a plan"), name="p", summary=PLAN | told))
         assert json.loads(row["summary"]) == PLAN | kept
 
 

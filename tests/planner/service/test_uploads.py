@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,28 @@ def test_an_upload_is_deleted_unless_a_job_needs_it(http):
     assert own.objects.read(row["digest"]) == SAMPLES
     http.delete(f"/v1/uploads/{twin['id']}")
     assert not own.objects.path(row["digest"]).exists()
+
+
+@pytest.mark.parametrize("rounds", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_uploads_beside_deletes_of_the_same_content_lose_nothing(http, rounds):
+    """Whatever is listed has its content, and no upload is refused."""
+    own, left = http.app.state.service, iter(range(rounds))
+
+    def send(_):
+        for number in left:
+            answer = upload(http, name=f"{number % 3}.jsonl")
+            assert answer.status_code in {200, 201}, answer.text
+            if number % 2:
+                assert http.delete(f"/v1/uploads/{answer.json()['id']}").status_code in {204, 404}
+            for row in own.store.files("upload").items:
+                assert own.objects.path(row["digest"]).exists()
+
+    with ThreadPoolExecutor(6) as senders:
+        list(senders.map(send, range(6)))
+    for row in own.store.files("upload").items:
+        assert own.objects.read(row["digest"]) == SAMPLES
+        assert http.delete(f"/v1/uploads/{row['id']}").status_code == 204
+    assert [path for path in own.objects.folder.rglob("*") if path.is_file()] == []
 
 
 def order(own, stored, tmp_path, **request):

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import re
+import signal
 
 import pytest
 import torch
 from reference import CONFIGS, MIXTURE
 from torch._subclasses import FakeTensorMode
 
+from tightfit.profiles.models import lora
 from tightfit.profiles.models.decoder import Decoder, Projection
 from tightfit.profiles.models.decoder_config import WRAPPED_BODY, decoder_shape
 from tightfit.profiles.models.lora import (
@@ -164,6 +166,24 @@ def test_what_chooses_nothing_is_refused(options, said):
     with pytest.raises(InputError) as refused, FakeTensorMode():
         Decoder(decoder_shape(CONFIGS["llama"]), dtype=torch.float32, lora=LoraConfig(**options))
     assert said in str(refused.value)
+
+
+NESTED = r"((\w|\.)+)+!"
+"""matched with one name, this takes for ever"""
+
+
+@pytest.mark.parametrize(
+    "options", [{"targets": NESTED}, {"rank_pattern": {NESTED: 4}}, {"alpha_pattern": {NESTED: 4}}]
+)
+def test_a_pattern_that_takes_for_ever_is_refused(options, monkeypatch):
+    monkeypatch.setattr(lora, "MATCHING_SECONDS", 0.2)
+    with pytest.raises(InputError) as refused:
+        LoraConfig(**options).chosen(["model.layers.0.self_attn.gate_up_proj"], "a model")
+    assert str(refused.value) == (
+        f"matching {NESTED!r} with names of layers takes more than 0.2 s: write the pattern without repeats of repeats"
+    )
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert len(LoraConfig().chosen(["model.layers.0.self_attn.q_proj"], "a model")) == 1
 
 
 def test_numbers_of_layers():
