@@ -441,7 +441,7 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, profile, minimum, monkeypatch, caplog):
+def test_a_disk_without_room_for_what_a_worker_has_made_costs_no_job(tmp_path, profile, minimum, monkeypatch, caplog):
     monkeypatch.setattr("tightfit.planner.service.jobs.supervisor.DISK_SECONDS", 0.1)
     with service(tmp_path) as http:
         identity = upload(http, profile)
@@ -453,7 +453,7 @@ def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, prof
         for memory in range(minimum, minimum + 4):
             job = http.post("/v1/plans", json={"profile": identity, "memory": memory}).json()
             state = "queued"
-            while state != "succeeded" and caplog.messages.count("not stored; done again until it is") < 2:
+            while state != "succeeded" and caplog.messages.count("not stored; tried again until it is") < 2:
                 assert time.monotonic() < patience
                 time.sleep(0.05)
                 state = http.get(f"/v1/jobs/{job['id']}").json()["state"]
