@@ -46,7 +46,8 @@ def cpu_seconds(request: Mapping[str, Any]) -> int | None:
     """Seconds of the processor that a job may take which has a time limit: twice as many for each of its plans, and
     what reading and writing take. None for jobs without one, which `Settings.job_seconds` ends.
     """
-    if (limit := request.get("time_limit")) is None:
+    limit: float | None = request.get("time_limit")
+    if limit is None:
         return None
     plans = math.prod(
         len(request[part]) for part in ("memory", "policies", "devices") if isinstance(request.get(part), list)
