@@ -31,7 +31,7 @@ from pydantic import (
 from tightfit.profiles.options import MOST_ACCUMULATED
 from tightfit.runtime.engine.kernels.optimizer import FACTORED
 
-PROFILE_VERSION = 12
+PROFILE_VERSION = 13
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 

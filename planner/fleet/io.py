@@ -1,6 +1,6 @@
 """Reads and writes a fleet's files: its plan, `fleet.json`, and beside it the plan of each member that takes part.
 
-A member needs the fleet's plan, its own and the key, `fleet.key`.
+A member needs the fleet's plan, its own and the keys, `fleet.key`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from tightfit.planner.fleet.schema import (
     FLEET_VERSION,
+    SERVER,
     AnyFleet,
     AnyRounds,
     AnyStepFleet,
@@ -29,11 +29,12 @@ from tightfit.planner.io import check_unchanged, fleet_command, load_plan, save_
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, read_whole, write_whole
+from tightfit.runtime.engine.fleet.keys import new_pairs
 
 K = TypeVar("K", bound=AnyFleet)
 FILE, SERVER_FOLDER = "fleet.json", "server"
-KEY, KEY_BYTES = "fleet.key", 32
-"""the file of the key by which members know each other, in hexadecimal digits; for its owner alone"""
+KEY = "fleet.key"
+"""the file of the keys by which members know each other; for its owner alone"""
 AGAIN = "make it again with `tightfit fleet plan`"
 
 
@@ -77,7 +78,8 @@ def save_fleet(
         if member.plan is not None:
             save_plan(plans[member.name], folder / plan_file(member.name))
     if not isinstance(fleet, FederatedPlan):  # whose devices meet at Flower's server
-        write_whole(folder / KEY, f"{secrets.token_hex(KEY_BYTES)}\n", mode=0o600)
+        names = [*(member.name for member in fleet.members), SERVER]
+        write_whole(folder / KEY, json.dumps(new_pairs(names), indent=2), mode=0o600)
     return write_whole(folder / FILE, fleet.model_dump_json())
 
 

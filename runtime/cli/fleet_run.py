@@ -166,7 +166,7 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
 
     chain = fleet.chain
     output.mkdir(parents=True, exist_ok=True)
-    at = f"127.0.0.1:{free_port()}"
+    at = f"127.0.0.1:{free_port(count=len(chain))}"
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     console = messages()
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,18 +132,27 @@ def address_of(option: str, text: str, port: int = PORT) -> tuple[str, int]:
     return host, int(number)
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port of this machine at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
+    """The first of so many neighbouring ports of this machine at which nobody listens."""
+    while True:
+        with ExitStack() as probes:
+            first = 0
+            try:
+                for place in range(count):
+                    probe = probes.enter_context(socket.socket())
+                    probe.bind((host, first + place if first else 0))
+                    first = first or int(probe.getsockname()[1])
+            except (OSError, OverflowError):
+                continue
+            return first
 
 
 def check_listens(fleet: AnyStepFleet, name: str, address: str, port: int) -> None:
     """Raise InputError where `name` is the member that the others meet at, and cannot listen at the address given."""
     chain = fleet.chain
-    if len(chain) > 1 and chain[listener(fleet)].name == name:
-        listening(address, port, f"member {name!r}, this one,").close()
+    if chain[listener(fleet)].name == name:
+        for other in range(len(chain) - 1):
+            listening(address, port + other, f"member {name!r}, this one,").close()
 
 
 def stage_part(parts: Chain, rank: int, bits: int, *, gathers: bool) -> StagePart:

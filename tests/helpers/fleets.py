@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +25,8 @@ from tightfit.planner.plan import planner_of  # noqa: E402
 from tightfit.profiles.models.lora import LoraConfig  # noqa: E402
 from tightfit.profiles.schema import EXCHANGE, adamw  # noqa: E402
 from tightfit.runtime.common.errors import TightfitError  # noqa: E402
-from tightfit.runtime.session.fleet import membership  # noqa: E402
+from tightfit.runtime.engine.fleet.keys import new_pairs  # noqa: E402
+from tightfit.runtime.session.fleet import free_port, membership  # noqa: E402
 from tightfit.runtime.session.launch import run  # noqa: E402
 
 BUDGET = 400 << 20
@@ -48,7 +48,6 @@ class Workshop:
         self.trained_bytes = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
         alone = profile.model_copy(update={"optimizer": adamw(micro_batches)})
         save_plan(planner_of(alone).plan(BUDGET), folder / "alone.json")
-        (folder / "fleet.key").write_text("ab" * 32)
         exchanges = {"name": EXCHANGE, "state_tensors": 0, "accumulate": micro_batches}
         save_plan(planner_of(profile.model_copy(update={"optimizer": exchanges})).plan(BUDGET), folder / "member.json")
 
@@ -106,10 +105,9 @@ class Workshop:
 
     def start(self, fleet: FleetPlan | PipelinePlan, out: Path, **options) -> dict[str, subprocess.Popen]:
         """Start every member; its folder is `out` / name. `options` of one member alone under its name."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port(count=len(fleet.members))
         path = self.folder / f"fleet-{port}.json"
+        path.with_suffix(".key").write_text(json.dumps(new_pairs(member.name for member in fleet.members)))
         path.write_text(fleet.model_dump_json())
         own = {member.name: options.pop(member.name, {}) for member in fleet.members}
         return {
@@ -157,7 +155,7 @@ def main(arguments: list[str]) -> int:
             text = Path(path).read_text()
             kind = PipelinePlan if json.loads(text)["kind"] == "pipeline" else FleetPlan
             fleet = kind.model_validate_json(text)
-            seat = membership(fleet, name, "127.0.0.1", int(port), Path(path).parent / "fleet.key", TIMEOUT)
+            seat = membership(fleet, name, "127.0.0.1", int(port), Path(path).with_suffix(".key"), TIMEOUT)
             file = next(member.plan for member in fleet.members if member.name == name)
             run(load_plan(Path(path).parent / file), data, out=out, member=seat, **options)
     except TightfitError as error:

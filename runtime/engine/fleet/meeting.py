@@ -1,96 +1,90 @@
-"""How the members of a fleet come together: one listens, the others dial it, and each proves that it has the fleet's
-key.
+"""How the members of a fleet come together: one listens, the others dial it, and each proves by its key that it is one.
 
-The key lies in the folder of the fleet's plan. Whoever dials is sent a challenge and answers with a keyed hash of it
-(HMAC-SHA256); the one that listens proves itself the same way. Until then at most `PROOF_BYTES` are read from anybody,
-and nothing of them is looked at. Once all have met, nobody listens any more. Two members share two connections: one for
-messages, one for signs of life.
+Connections are ZeroMQ's, encrypted and authenticated with CURVE (RFC 25, 26): two members share one. The member that
+listens has a port for each of the others, of which it lets in that one alone; the others listen for those after them.
+Once all have met, nobody listens any more.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
-import hmac
 import json
 import os
-import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from tightfit.runtime.common.errors import InputError, RunError
+import zmq
+from zmq.utils import z85
 
-MAGIC = b"tightfit fleet 1"
-NONCE_BYTES, HASH_BYTES, WORDS_BYTES = 32, 32, 256
-CHALLENGE_BYTES = len(MAGIC) + NONCE_BYTES
-PROOF_BYTES = NONCE_BYTES + WORDS_BYTES + HASH_BYTES
-"""what a member sends to be let in: a challenge of its own, who it is, and the hash; the reply is as long"""
-REFUSED = b"\0" * HASH_BYTES
-"""in the place of the reply's hash: the key is another one"""
-CONTROL, DATA = "control", "data"
-"""the two connections of two members: signs of life, and messages"""
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.fleet.keys import Keys
+
+CHUNK = 1 << 16
+"""bytes of a message that pass at once; each is a sign of life"""
+SEAL_BYTES = 1 << 10
+"""that encryption may add to one"""
 FRAME_BYTES = 1 << 16
-"""of a frame on the control connection, at most"""
+"""of words between members, at most"""
 LOOK_SECONDS = 0.1
 """between two looks whether the others have come, and whether a signal has"""
-DIAL_SECONDS = 3.0
-"""until another member answers, at most; then it is dialled again"""
+ANSWER_SECONDS = 5.0
+"""for an answer of a member that is connected; it looks ten times a second"""
+TRIES = 3
+"""connections in a row that are ended before keys are exchanged, after which the other end is none of the fleet"""
 PROOF_SECONDS = 10.0
 """that somebody who has dialled has to prove who it is"""
-MOST_UNPROVEN = 64
-"""that may be about to prove who they are; one more, and the oldest is sent away"""
+BACKLOG = 64
+"""that may have dialled and are not heard yet"""
 SAY_SECONDS = 10.0
 """between two lines about who is waited for"""
+EVENT = struct.Struct("<HI")
+"""of a socket's monitor: the event and its value"""
+SO_ATTACH_FILTER, RETURN = 26, 6
+"""Linux: the option of a socket that takes a program of packets, and the instruction after which so many bytes of one
+are left (socket(7), bpf_common.h)
+"""
+ZAP = "inproc://zeromq.zap.01"
+"""where ZeroMQ asks who is let in (RFC 27)"""
 
 
 @dataclass
-class PeerConnections:
-    """The connections to another member."""
+class Link:
+    """The connection to another member."""
 
-    sockets: dict[str, socket.socket] = field(default_factory=dict)
-    port: int = 0
-    """where it listens for others"""
-
-    @property
-    def whole(self) -> bool:
-        return len(self.sockets) == 2
-
-    def close(self) -> None:
-        for one in self.sockets.values():
-            one.close()
-
-
-def listening(address: str, port: int, whose: str = "this member") -> socket.socket:
-    """A socket that listens at an address of this machine. Raises InputError where it is none, or is taken."""
-    try:
-        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(place[:2], family=family, backlog=MOST_UNPROVEN)
-    except socket.gaierror as error:
-        raise InputError(f"{address}: no such host ({error.strerror}); give an address of {whose}") from error
-    except OSError as error:
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
-            raise InputError(
-                f"{address} is no address of this machine: {whose} listens there, so that it has to be one of its own,"
-                " which the others reach"
-            ) from error
-        raise InputError(
-            f"{address}:{port}: nobody can listen there ({error.strerror}); end what does, or give another port"
-        ) from error
+    socket: Any
+    """of ZeroMQ, and its monitor"""
+    monitor: Any
+    dials: bool
+    """whether this member has dialled the other"""
+    endpoint: str
+    connected: bool = False
+    """whether keys have been exchanged"""
+    failures: int = 0
+    """connections in a row that ended before it was `connected`"""
+    since: float = 0.0
+    """when it was connected"""
+    words: dict[str, Any] | None = None
+    """what the other has said of itself"""
+    whole: bool = False
+    """whether both have agreed"""
 
 
 class Meeting:
-    """This member's side of the meeting; `meet` returns the connections to each of the others, by their number."""
+    """This member's side of the meeting; `meet` returns the link to each of the others, by their number."""
 
     def __init__(
         self,
         members: Sequence[str],
         rank: int,
         hub: int,
-        key: bytes,
+        keys: Keys,
         *,
         timeout: float,
         plan: str,
@@ -98,241 +92,140 @@ class Meeting:
         say: Callable[[str], None],
     ) -> None:
         """`hub`: number of the member that the others dial first; `plan`: what all have to be members of."""
-        self.members, self.rank, self.hub, self.key = members, rank, hub, key
+        self.members, self.rank, self.hub, self.keys = members, rank, hub, keys
         self.timeout, self.stopping, self.say = timeout, stopping, say
         self.plan = hashlib.sha256(plan.encode()).hexdigest()
-        self.links: dict[int, PeerConnections] = {}
-        self._listener: socket.socket | None = None
-        self._unproven: dict[socket.socket, tuple[float, bytes, bytearray]] = {}
-        """those that have dialled: when, the challenge they were sent, and what they have answered"""
+        self.context = zmq.Context()
+        self.links: dict[int, Link] = {}
+        self._poller = zmq.Poller()
+        self._doors = self.context.socket(zmq.REP)
+        self._doors.bind(ZAP)
+        self._poller.register(self._doors, zmq.POLLIN)
         self._end = time.monotonic() + timeout
         self._said = time.monotonic()
+        self._listeners: list[socket.socket] = []
         self._strangers: set[str] = set()
+        self._news: dict[str, Any] = {}
+        """the latest word of the hub"""
 
-    def meet(self, address: str, port: int) -> dict[int, PeerConnections]:
-        """Meet the others at `address`, where the hub listens.
+    def meet(self, address: str, port: int) -> dict[int, Link]:
+        """Meet the others at `address`, where the hub listens from `port` on.
 
         Raises InputError for an address that cannot be, RunError where somebody does not come in time or has another
         key, and where this process is asked to end meanwhile.
         """
         try:
-            if len(self.members) > 1:
-                if self.rank == self.hub:
-                    self._gather(address, port)
-                else:
-                    self._come(address, port)
+            if self.rank == self.hub:
+                self._gather(address, port)
+            else:
+                self._come(address, port)
+            for listener in self._listeners:
+                _hear_nobody(listener)
+                listener.close()
+            self._doors.close()
             return self.links
         except BaseException as error:
             if self.rank == self.hub:  # it alone knows who has not come
                 self._tell({"error": str(error)})
-            for links in self.links.values():
-                links.close()
+            self.close(linger=1.0)
             raise
-        finally:
-            for one in self._unproven:
-                one.close()
-            if self._listener:
-                self._listener.close()
+
+    def close(self, linger: float) -> None:
+        """End all connections; what is on its way has `linger` seconds."""
+        self._doors.close()
+        for listener in self._listeners:
+            listener.close()
+        for link in self.links.values():
+            link.socket.disable_monitor()
+            link.monitor.close(0)
+            link.socket.close(int(1000 * linger))
+        self.context.term()
 
     # --- the member that listens ------------------------------------------------------------------------------------
 
-    def listen(self, address: str, port: int) -> int:
-        """Listen from now on; returns the port."""
-        if self._listener is None:
-            self._listener = listening(address, port, f"member {self.members[self.rank]!r}, this one,")
-            self._listener.setblocking(False)
-        return int(self._listener.getsockname()[1])
-
     def _gather(self, address: str, port: int) -> None:
-        port = self.listen(address, port)
         others = [rank for rank in range(len(self.members)) if rank != self.rank]
-
-        def missing() -> list[int]:
-            return [rank for rank in others if rank not in self.links or not self.links[rank].whole]
-
+        whose = f"member {self.members[self.rank]!r}, this one,"
+        family, _ = _resolved(address, whose)
+        for place, rank in enumerate(others):
+            self._listen(rank, family, listening(address, port + place, whose))
         told: list[int] = []
-        while absent := missing():
+        while absent := [rank for rank in others if not self.links[rank].whole]:
             if absent != told:
                 told = absent
                 self._tell({"absent": absent})
             names = self._names(absent)
             self._look(f"has waited at {address}:{port} for {names}, who did not come", names)
-            self._admit(others)
-            for rank in [rank for rank, links in self.links.items() if links.whole and _ended(links.sockets[CONTROL])]:
-                self.say(f"member {self.members[rank]!r} has gone again")
-                self.links.pop(rank).close()
-        places = {rank: [links.sockets[CONTROL].getpeername()[0], links.port] for rank, links in self.links.items()}
-        self._tell({"places": places})
+        self._tell({"places": {rank: link.words for rank, link in self.links.items()}})
 
-    def _tell(self, frame: dict[str, Any]) -> None:
-        for links in self.links.values():
-            with suppress(OSError, KeyError):
-                send_frame(links.sockets[CONTROL], frame)
-
-    def _admit(self, awaited: Sequence[int]) -> None:
-        """Hear those that dial and let in who is awaited and proves to be a member; waits a moment where nobody
-        does.
-        """
-        assert self._listener
-        ready, _, _ = select.select([self._listener, *self._unproven], [], [], LOOK_SECONDS)
-        for one in ready:
-            if one is self._listener:
-                with suppress(OSError):
-                    self._challenge(*self._listener.accept())
-            elif one in self._unproven:
-                _, challenge, answer = self._unproven[one]
-                try:
-                    said = one.recv(PROOF_BYTES - len(answer))
-                except OSError:
-                    said = b""
-                answer += said
-                if not said or len(answer) == PROOF_BYTES:
-                    del self._unproven[one]
-                    if not said or not self._proven(one, challenge, bytes(answer), awaited):
-                        one.close()
-        oldest = time.monotonic() - PROOF_SECONDS
-        for one in [one for one, (came, _, _) in self._unproven.items() if came < oldest]:
-            del self._unproven[one]
-            one.close()
-
-    def _challenge(self, one: socket.socket, _: Any) -> None:
-        if len(self._unproven) >= MOST_UNPROVEN:
-            first = next(iter(self._unproven))
-            del self._unproven[first]
-            first.close()
-        one.settimeout(DIAL_SECONDS)
-        challenge = os.urandom(NONCE_BYTES)
-        one.sendall(MAGIC + challenge)
-        self._unproven[one] = time.monotonic(), challenge, bytearray()
-
-    def _proven(self, one: socket.socket, challenge: bytes, answer: bytes, awaited: Sequence[int]) -> bool:
-        """Whether the answer is a member's, which then has its place; it is told why not."""
-        theirs, words, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:-HASH_BYTES], answer[-HASH_BYTES:]
-        with suppress(OSError):
-            if not hmac.compare_digest(proof, self._hash(b"dials", challenge, theirs, words)):
-                place = one.getpeername()[0]
-                if place not in self._strangers and len(self._strangers) < MOST_UNPROVEN:
-                    self._strangers.add(place)
-                    self.say(f"{place} was not let in: it does not have the key of this fleet's plan")
-                one.sendall(bytes(NONCE_BYTES + WORDS_BYTES) + REFUSED)
-                return False
-            told = json.loads(words)
-            rank, kind = told["rank"], told["kind"]
-            links = self.links.setdefault(rank, PeerConnections()) if rank in awaited else PeerConnections()
-            why = ""
-            if told["plan"] != self.plan:
-                why = "it runs another plan of the fleet; copy the plan's folder again"
-            elif rank not in awaited:
-                why = "nobody waits for it here"
-            elif kind in links.sockets and not _ended(links.sockets[CONTROL]):
-                why = f"it is there already, from {links.sockets[kind].getpeername()[0]}; start each member once"
-            reply = json.dumps({"error": why}).encode().ljust(WORDS_BYTES)
-            one.sendall(bytes(NONCE_BYTES) + reply + self._hash(b"listens", theirs, challenge, reply))
-            if not why:
-                if kind in links.sockets:
-                    links.close()
-                    links.sockets.clear()
-                links.sockets[kind], links.port = one, told["port"]
-            return not why
-        return False
+    def _tell(self, words: dict[str, Any]) -> None:
+        for link in self.links.values():
+            if link.whole:
+                send_words(link.socket, words)
 
     # --- the members that dial --------------------------------------------------------------------------------------
 
     def _come(self, address: str, port: int) -> None:
-        hub, last = self.hub, len(self.members) - 1
-        below = [rank for rank in range(self.rank) if rank != hub]
-        above = [rank for rank in range(self.rank + 1, last + 1) if rank != hub]
-        while why := self._dial(hub, address, port, listens=bool(above)):
-            self._look(f"did not reach {self.members[hub]!r} at {address}:{port} ({why})", self._names([hub]))
-            time.sleep(LOOK_SECONDS)
-        places = self._places()
-        for rank in below:
-            while why := self._dial(rank, *places[str(rank)]):
-                where = "{}:{}".format(*places[str(rank)])
-                self._look(f"did not reach {self.members[rank]!r} at {where} ({why})", self._names([rank]))
-                self._others_stay()
-                time.sleep(LOOK_SECONDS)
-        while absent := [rank for rank in above if rank not in self.links or not self.links[rank].whole]:
-            names = self._names(absent)
-            self._look(f"was not reached by {names}", names)
-            self._admit(above)
-            self._others_stay()
-
-    def _dial(self, rank: int, address: str, port: int, *, listens: bool = False) -> str:
-        """Make both connections to a member; "" or why it cannot be done yet. Raises RunError where it never will."""
-        links = PeerConnections()
-        try:
-            for kind in (CONTROL, DATA):
-                one = socket.create_connection((address, port), timeout=DIAL_SECONDS)
-                links.sockets[kind] = one
-                own = self.listen(one.getsockname()[0], 0) if listens else 0
-                self._prove(one, rank, {"rank": self.rank, "kind": kind, "port": own, "plan": self.plan})
-        except OSError as error:
-            links.close()
-            return error.strerror or str(error) or type(error).__name__
-        except BaseException:
-            links.close()
-            raise
-        self.links[rank] = links
-        return ""
-
-    def _prove(self, one: socket.socket, rank: int, words: dict[str, Any]) -> None:
-        """Prove to the member at the other end who this is, and have it prove the same. Raises OSError where nobody
-        answers, RunError where it is none of the fleet, or does not let this one in.
-        """
-        name, here = repr(self.members[rank]), "{}:{}".format(*one.getpeername()[:2])
-        said = _exactly(one, CHALLENGE_BYTES)
-        if not said.startswith(MAGIC):
-            raise RunError(f"{here} is not where member {name} listens, but something else; give the address of {name}")
-        theirs, mine = said[len(MAGIC) :], os.urandom(NONCE_BYTES)
-        padded = json.dumps(words).encode().ljust(WORDS_BYTES)
-        one.sendall(mine + padded + self._hash(b"dials", theirs, mine, padded))
-        reply = _exactly(one, PROOF_BYTES)
-        told, proof = reply[NONCE_BYTES:-HASH_BYTES], reply[-HASH_BYTES:]
-        if not hmac.compare_digest(proof, self._hash(b"listens", mine, theirs, told)):
-            raise RunError(
-                f"member {name} at {here} has another key of the fleet than {self.members[self.rank]!r}: give all"
-                " members the same folder of the plan, its file fleet.key included"
-            )
-        if why := json.loads(told)["error"]:
-            raise RunError(f"member {name} at {here} does not let {self.members[self.rank]!r} in: {why}")
-
-    def _places(self) -> dict[str, list[Any]]:
-        """Where the others listen, which the hub tells once all have come."""
-        control, names = self.links[self.hub].sockets[CONTROL], "the others"
-        while True:
-            ready, _, _ = select.select([control], [], [], LOOK_SECONDS)
-            if ready:
-                told = receive_frame(control)
-                if told is None:
-                    raise RunError(
-                        f"member {self.members[self.hub]!r} has ended before all members had come; start all again"
-                    )
-                if "error" in told:
-                    raise RunError(str(told["error"]))
-                if "places" in told:
-                    places: dict[str, list[Any]] = told["places"]
-                    return places
-                names = self._names(told["absent"])
-            self._look(f"has waited with {self.members[self.hub]!r} for {names}, who did not come", names)
-
-    def _others_stay(self) -> None:
-        """Raise RunError where a member that had come has ended."""
-        for rank, links in self.links.items():
-            if links.whole and _ended(links.sockets[CONTROL]):
-                raise RunError(f"member {self.members[rank]!r} has ended before all members had met; start all again")
+        hub, own = self.hub, self.rank
+        others = [rank for rank in range(len(self.members)) if rank != hub]
+        family, host = _resolved(address, f"member {self.members[hub]!r}")
+        port += others.index(own)
+        mine = _own_address(family, host, port)
+        for rank in others[others.index(own) + 1 :]:
+            self._listen(rank, family, listening(mine, 0))
+        self._dial(hub, family, host, port)
+        while not self.links[hub].whole or "places" not in self._news:
+            link, names = self.links[hub], self._names(self._news.get("absent", [hub]))
+            if link.whole:
+                self._look(f"has waited with {self.members[hub]!r} for {names}, who did not come", names)
+            else:
+                self._look(f"did not reach {self.members[hub]!r} at {address}:{port}", self._names([hub]))
+        for rank in others[: others.index(own)]:
+            words = self._news["places"][str(rank)]
+            self._dial(rank, family, words["address"], words["ports"][str(own)])
+        while absent := [rank for rank in others if rank != own and not self.links[rank].whole]:
+            self._look(f"did not reach {self._names(absent)}", self._names(absent))
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def _hash(self, side: bytes, *parts: bytes) -> bytes:
-        return hmac.digest(self.key, b"".join((MAGIC, side, *parts)), "sha256")
+    def _socket(self, rank: int, family: int, *, dials: bool) -> Link:
+        made = self.context.socket(zmq.PAIR)
+        made.setsockopt(zmq.LINGER, 0)
+        made.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
+        made.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * PROOF_SECONDS))
+        made.setsockopt(zmq.MAXMSGSIZE, CHUNK + SEAL_BYTES)
+        # Who takes part bounds what is on its way by itself (`tightfit.runtime.engine.fleet.transport`).
+        made.setsockopt(zmq.SNDHWM, 0)
+        made.setsockopt(zmq.RCVHWM, 0)
+        made.setsockopt(zmq.CURVE_PUBLICKEY, self.keys.public[self.rank])
+        made.setsockopt(zmq.CURVE_SECRETKEY, self.keys.secret)
+        if dials:
+            made.setsockopt(zmq.CURVE_SERVERKEY, self.keys.public[rank])
+        else:
+            made.setsockopt(zmq.CURVE_SERVER, 1)
+            made.setsockopt(zmq.ZAP_DOMAIN, str(rank).encode())
+        link = self.links[rank] = Link(made, made.get_monitor_socket(), dials, "")
+        for one in (link.socket, link.monitor):
+            self._poller.register(one, zmq.POLLIN)
+        return link
 
-    def _names(self, ranks: Sequence[int]) -> str:
-        return ", ".join(repr(self.members[rank]) for rank in ranks)
+    def _listen(self, rank: int, family: int, listener: socket.socket) -> None:
+        """Listen for a member from now on."""
+        self._listeners.append(listener)
+        host, port = listener.getsockname()[:2]
+        link = self._socket(rank, family, dials=False)
+        link.endpoint = f"tcp://{_bracketed(host)}:{port}"
+        link.socket.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))
+        link.socket.bind(link.endpoint)
+
+    def _dial(self, rank: int, family: int, host: str, port: int) -> None:
+        link = self._socket(rank, family, dials=True)
+        link.endpoint = f"tcp://{_bracketed(host)}:{port}"
+        link.socket.connect(link.endpoint)
 
     def _look(self, what: str, absent: str) -> None:
-        """Say from time to time who is waited for, `absent`. Raises RunError once this takes too long, which is `what`
-        this member has done, or the process is asked to end.
+        """Hear the others for a moment, and say from time to time who is waited for, `absent`. Raises RunError once
+        this takes too long, which is `what` this member has done, or the process is asked to end.
         """
         now, mine = time.monotonic(), self.members[self.rank]
         if self.stopping():
@@ -345,40 +238,178 @@ class Meeting:
         if now - self._said >= SAY_SECONDS:
             self._said = now
             self.say(f"waiting for {absent}, {self._end - now:.0f} s more: member {mine!r} {what} yet")
+        ready = dict(self._poller.poll(int(1000 * LOOK_SECONDS)))
+        if self._doors in ready:
+            self._open_or_not()
+        for rank, link in self.links.items():
+            # What a member says that has met all is for later; its last words come before it is seen that it has gone.
+            while not self._met(rank, link) and (heard := receive_words(link.socket)) is not None:
+                self._hear(rank, link, *heard)
+            if self._met(rank, link) and link.socket in self._poller:
+                self._poller.unregister(link.socket)
+            if link.monitor in ready:
+                self._watch(rank, link)
+            if link.dials and link.connected and link.words is None and now - link.since > ANSWER_SECONDS:
+                raise RunError(
+                    f"member {self.members[rank]!r} at {link.endpoint[6:]} does not answer {mine!r}: it is there"
+                    " already, from another place; start each member once"
+                )
+
+    def _met(self, rank: int, link: Link) -> bool:
+        """Whether nothing more is to be heard from a member here."""
+        return link.whole and (rank != self.hub or "places" in self._news)
+
+    def _open_or_not(self) -> None:
+        """Answer whether somebody that dials is let in (RFC 27): the member that this port is for, by its key."""
+        version, request, domain, address, _, mechanism, *proof = self._doors.recv_multipart()
+        rank = int(domain)
+        known = mechanism == b"CURVE" and z85.encode(proof[0]) == self.keys.public[rank]
+        if not known:
+            self._refused(f"{address.decode()} was not let in as member {self.members[rank]!r}")
+        status = (b"200", b"") if known else (b"400", b"another key")
+        self._doors.send_multipart([version, request, *status, b"", b""])
+
+    def _refused(self, who: str) -> None:
+        if who not in self._strangers and len(self._strangers) < BACKLOG:
+            self._strangers.add(who)
+            self.say(f"{who}: it does not have the key of this fleet's plan")
+
+    def _watch(self, rank: int, link: Link) -> None:
+        """See what a connection has come to. Raises RunError where it never will be one."""
+        event = EVENT.unpack(link.monitor.recv_multipart()[0])[0]
+        name, mine, here = repr(self.members[rank]), repr(self.members[self.rank]), link.endpoint[6:]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not link.connected:
+            link.connected, link.since, link.failures = True, time.monotonic(), 0
+            if link.dials:
+                send_words(link.socket, self._words(rank))
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and not link.dials:
+            self._refused(f"somebody that dialled {here}, where member {name} is awaited, was not let in")
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and link.dials:
+            raise RunError(self._another_key(name, here))
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and link.dials:
+            link.failures += 1  # it has closed the connection when it saw the key
+            if link.failures > TRIES:
+                raise RunError(self._another_key(name, here))
+        elif event == zmq.EVENT_DISCONNECTED and link.connected:
+            self._ended(rank, link)
+        elif event == zmq.EVENT_DISCONNECTED and link.dials:
+            link.failures += 1
+            if link.failures > 2 * TRIES:
+                raise RunError(
+                    f"{here} is not where member {name} listens, but something else; give the address of {name}, and"
+                    f" let {mine} reach it"
+                )
+
+    def _another_key(self, name: str, here: str) -> str:
+        return (
+            f"member {name} at {here} has another key of the fleet than {self.members[self.rank]!r}: give all members"
+            " the same folder of the plan, its file fleet.key included"
+        )
+
+    def _ended(self, rank: int, link: Link) -> None:
+        name = repr(self.members[rank])
+        if self.rank != self.hub:
+            before = "before all members had come" if rank == self.hub else "before all members had met"
+            raise RunError(f"member {name} has ended {before}; start all again")
+        if link.whole:
+            self.say(f"member {name} has gone again")
+        link.connected, link.words, link.whole = False, None, False
+        self._poller.register(link.socket, zmq.POLLIN)
+
+    def _words(self, rank: int) -> dict[str, Any]:
+        """What this member says of itself to another: its plan, and where it listens for whom."""
+        ports = {other: int(link.endpoint.rpartition(":")[2]) for other, link in self.links.items() if not link.dials}
+        return {"plan": self.plan, "ports": ports}
+
+    def _hear(self, rank: int, link: Link, words: dict[str, Any], address: str) -> None:
+        if link.words is not None:
+            self._news = words
+            if "error" in words:
+                raise RunError(str(words["error"]))
+        elif link.words is None:
+            name = repr(self.members[rank])
+            link.words = {**words, "address": address}
+            why = (
+                ""
+                if words.get("plan") == self.plan
+                else "it runs another plan of the fleet; copy the plan's folder again"
+            )
+            if not link.dials:
+                send_words(link.socket, {**self._words(rank), "error": why})
+                link.whole = not why
+                link.words = link.words if link.whole else None
+                if why:
+                    self.say(f"member {name} was not let in: {why}")
+            elif why := str(words.get("error") or why):
+                raise RunError(
+                    f"member {name} at {link.endpoint[6:]} does not let {self.members[self.rank]!r} in: {why}"
+                )
+            else:
+                link.whole = True
+
+    def _names(self, ranks: Sequence[int]) -> str:
+        return ", ".join(repr(self.members[rank]) for rank in ranks)
 
 
-def send_frame(one: socket.socket, content: Any) -> None:
-    """Send what JSON can hold over a control connection. Raises OSError."""
-    data = json.dumps(content).encode()
+def listening(address: str, port: int, whose: str = "this member") -> socket.socket:
+    """A socket that listens at an address of this machine. Raises InputError where it is none, or is taken."""
+    family, host = _resolved(address, whose)
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
+            raise InputError(
+                f"{address} is no address of this machine: {whose} listens there, so that it has to be one of its own,"
+                " which the others reach"
+            ) from error
+        raise InputError(
+            f"{address}:{port}: nobody can listen there ({error.strerror}); end what does, or give another port"
+        ) from error
+
+
+def _hear_nobody(listener: socket.socket) -> None:
+    """Have the kernel drop whatever comes for a socket that listens, but not for connections that it has made: ZeroMQ
+    would end those with the listening.
+    """
+    code = ctypes.create_string_buffer(struct.pack("=HBBI", RETURN, 0, 0, 0))
+    with suppress(OSError):  # without it strangers are not let in either, but take a moment each
+        program = struct.pack("@HP", 1, ctypes.addressof(code))
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+def send_words(link: Any, words: dict[str, Any]) -> None:
+    """Send what JSON can hold, unless the other has ended."""
+    data = json.dumps(words).encode()
     assert len(data) <= FRAME_BYTES
-    one.sendall(len(data).to_bytes(4, "little") + data)
+    with suppress(zmq.Again):
+        link.send(data, zmq.NOBLOCK)
 
 
-def receive_frame(one: socket.socket) -> dict[str, Any] | None:
-    """The next frame of a control connection; None where the other side has closed it, or sends no such thing."""
+def receive_words(link: Any) -> tuple[dict[str, Any], str] | None:
+    """The next words on a link, and the address that they come from; None where there are none."""
     try:
-        size = int.from_bytes(_exactly(one, 4), "little")
-        content = json.loads(_exactly(one, size)) if size <= FRAME_BYTES else None
-    except (OSError, ValueError, RecursionError):
+        frame = link.recv(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
         return None
-    return content if isinstance(content, dict) else None
+    words = json.loads(frame.bytes)
+    return words, str(frame.get("Peer-Address"))
 
 
-def _exactly(one: socket.socket, size: int) -> bytes:
-    """So many bytes. Raises OSError where fewer come."""
-    data = bytearray()
-    while len(data) < size:
-        said = one.recv(size - len(data))
-        if not said:
-            raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
-        data += said
-    return bytes(data)
-
-
-def _ended(control: socket.socket) -> bool:
-    """Whether the other side has closed a control connection."""
-    ready, _, _ = select.select([control], [], [], 0)
+def _resolved(address: str, whose: str) -> tuple[int, str]:
+    """Family and number of an address. Raises InputError where it is none."""
     try:
-        return bool(ready) and not control.recv(1, socket.MSG_PEEK)
-    except OSError:
-        return True
+        family, *_, place = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise InputError(f"{address}: no such host ({error}); give an address of {whose}") from error
+    return family, str(place[0])
+
+
+def _own_address(family: int, host: str, port: int) -> str:
+    """The address of this machine from which another one is reached."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

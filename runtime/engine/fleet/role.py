@@ -148,7 +148,11 @@ class JoinedRole(FleetRole):
         from tightfit.runtime.engine.fleet.agreement import agree
 
         said = {**settings, "plan of the fleet": self.transport.plan}
-        agree(self.transport, said, out, resume=resume, exact=self._exact, apart=self.apart)
+        try:
+            agree(self.transport, said, out, resume=resume, exact=self._exact, apart=self.apart)
+        except BaseException:
+            self.transport.hang_up()  # the others have been told why
+            raise
 
     def watched(self, done: int, steps: int | None, accumulate: int) -> dict[int, str]:
         """Of the first step of the fleet the first of this member's micro-batches, and the last."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.runtime.engine.fleet.exchange import Exchange, ExchangePart, Trained
+from tightfit.runtime.engine.fleet.keys import read_keys
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.one_way import OneWayStage
 from tightfit.runtime.engine.fleet.role import JoinedRole
 from tightfit.runtime.engine.fleet.stage import Boundary, PipelineStage, StagePart
-from tightfit.runtime.engine.fleet.transport import Transport, read_key
+from tightfit.runtime.engine.fleet.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Seat:
     exact: bool
     """whether all members must round alike, so that results are those of one process to the bit"""
     key: str
-    """path of the file with the key by which the members know each other"""
+    """path of the file with the keys by which the members know each other"""
     plan: str = ""
     """fingerprint of the fleet's plan"""
     listens: int = 0
@@ -55,7 +56,7 @@ class Seat:
             self.rank,
             self.address,
             self.port,
-            key=read_key(self.key),
+            keys=read_keys(self.key, self.members, self.rank),
             timeout=self.timeout,
             plan=self.plan,
             listens=self.listens,

@@ -1,59 +1,56 @@
 """Messages between the training processes of a fleet, over the connections that they made when they met.
 
-Messages to a peer, and from it, pass in order, each with its tag and its length; what comes has to be what is waited
-for. Threads send and receive them while the process computes. Beside the messages every member tells the others that it
-lives and whom it waits for, and says so when it ends or finds another one gone. So whoever waits in vain knows who is
-at fault: not the neighbour that waits itself, but the member at the end of the chain of those that wait, or the network
-between.
+Messages to a peer, and from it, pass in order, in chunks, each with its message's tag and length; what comes has to be
+what is waited for. Of what a peer has not asked for yet at most `WINDOW` chunks are on their way: it says which it has
+taken. One thread sends and receives while the process computes. Beside the messages every member tells the others that
+it lives and whom it waits for, and says so when it ends or finds another one gone. So whoever waits in vain knows who
+is at fault: not the neighbour that waits itself, but the member at the end of the chain of those that wait, or the
+network between.
 
-Members prove to each other that they have the fleet's key (`tightfit.runtime.engine.fleet.meeting`). Messages are not
-encrypted.
+Connections are ZeroMQ's (`tightfit.runtime.engine.fleet.meeting`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import queue
-import select
-import socket
+import os
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
-from tightfit.runtime.engine.fleet.meeting import (
-    CONTROL,
-    DATA,
-    LOOK_SECONDS,
-    Meeting,
-    PeerConnections,
-    receive_frame,
-    send_frame,
-)
+import zmq
+
+from tightfit.runtime.common.errors import MemberGoneError, RunError
+from tightfit.runtime.engine.fleet.keys import Keys
+from tightfit.runtime.engine.fleet.meeting import CHUNK, EVENT, LOOK_SECONDS, SAY_SECONDS, Link, Meeting, send_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BEAT_SECONDS = 2.0
 """between two signs of life, at most; a fifth of the fleet's timeout where that is less"""
-CONTROL_SECONDS = 5.0
-"""for a frame of a few bytes that is under way; after that its connection is taken for ended"""
-CHUNK = 1 << 20
-"""bytes that are sent or received at once; each is a sign of life"""
+WINDOW = 8
+"""chunks of a direction that are under way at once"""
 JSON_BYTES = 1 << 24
 """of what JSON holds in a message, at most"""
 ENDING_SECONDS, ENDING_SHARE = 30.0, 0.1
 """that a member which is asked to end still waits for the others to end the step with it: seconds, and of the fleet's
 timeout
 """
-FRAME = struct.Struct("<IQ")
-"""before each message: its tag, and its bytes"""
+LAST_SECONDS = 2.0
+"""for what is on its way when this member ends because another has, or something went wrong"""
+FRAME = struct.Struct("<IQQ")
+"""before each chunk: its message's tag and bytes, and where in it the chunk begins"""
+DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
 MESSAGE, HEADER = 0, 1
 """tags of messages"""
+NOT_YET = 60.0
+"""seconds after which it is said again who is waited for"""
 
 
 class Pending:
@@ -65,6 +62,8 @@ class Pending:
         """
         self._transport, self.peer, self.tag, self.room, self.size = transport, peer, tag, room, size
         self._held = held
+        self.at = 0
+        """bytes that have been sent, or have come"""
         self.done = threading.Event()
         self.error: OSError | RunError | None = None
 
@@ -79,80 +78,91 @@ class Pending:
 
 
 class _Peer:
-    """Another member: its connections, and what is known of it."""
+    """Another member: its connection, and what is known of it."""
 
-    def __init__(self, name: str, links: PeerConnections) -> None:
-        self.name = name
-        self.control, self.data = links.sockets[CONTROL], links.sockets[DATA]
-        for one, seconds in ((self.control, CONTROL_SECONDS), (self.data, None)):
-            one.settimeout(seconds)
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, name: str, link: Link) -> None:
+        self.name, self.link, self.monitor = name, link.socket, link.monitor
         self.heard = time.monotonic()
-        """when the latest byte came"""
+        """when the latest word or chunk came"""
         self.moved = self.heard
         """when a message to it or from it got on"""
         self.ended = False
-        """whether it has closed its connections"""
+        """whether it has closed its connection"""
         self.quiet = 0.0
         """then: seconds before in which nothing came"""
         self.left = False
         """whether it has said that its run is over"""
+        self.let_go = False
+        """whether it has all that this member has said, which hangs up"""
         self.waits: list[int] = []
         """whom it waits for"""
-        self.lanes: dict[str, queue.SimpleQueue[Pending | None]] = {}
-        self.threads: list[threading.Thread] = []
+        self.going: deque[Pending] = deque()
+        self.coming: deque[Pending] = deque()
+        """messages that are to be sent, and those that are waited for"""
+        self.early: deque[tuple[int, int, int, Any]] = deque()
+        """chunks that came before they were waited for, at most `WINDOW`: tag, bytes of the message, place, content"""
+        self.under_way = 0
+        """chunks that were sent and which it has not taken yet"""
+        self.error: OSError | RunError | None = None
+        """why nothing passes any more"""
 
-    def submit(self, direction: str, pending: Pending) -> None:
-        """Have a message sent or received after those that were submitted before it."""
-        if direction not in self.lanes:
-            self.lanes[direction] = queue.SimpleQueue()
-            work = self._send if direction == "send" else self._receive
-            lane = (self.lanes[direction], work)
-            thread = threading.Thread(target=self._carry_out, args=lane, name=f"tightfit-{direction}", daemon=True)
-            thread.start()
-            self.threads.append(thread)
-        self.lanes[direction].put(pending)
-
-    def _carry_out(self, lane: queue.SimpleQueue[Pending | None], work: Callable[[Pending], None]) -> None:
-        failed: OSError | RunError | None = None
-        while (pending := lane.get()) is not None:
+    def push(self) -> None:
+        """Send what it has room for."""
+        while self.going and self.ended:
+            self.end(self.going.popleft(), ConnectionResetError("it closed the connection"))
+        while self.going and self.under_way < WINDOW and self.error is None:
+            pending = self.going[0]
+            room, at = memoryview(pending.room), pending.at
+            head = FRAME.pack(pending.tag, len(room), at)
+            chunk = room[at : at + CHUNK]
             try:
-                if failed is None:
-                    work(pending)
-            except (OSError, RunError) as error:
-                failed = error
-            pending.error = failed
-            pending.done.set()
-            del pending
+                self.link.send(head, zmq.SNDMORE | zmq.NOBLOCK)
+                self.link.send(chunk, zmq.NOBLOCK)
+            except zmq.Again:  # it has just ended
+                return
+            pending.at += len(chunk)
+            self.under_way += 1
+            if pending.at == len(room):
+                self.going.popleft().done.set()
 
-    def _send(self, pending: Pending) -> None:
-        room = memoryview(pending.room)
-        self.data.sendall(FRAME.pack(pending.tag, len(room)), socket.MSG_MORE)
-        while room:
-            room = room[self.data.send(room[:CHUNK]) :]
-            self.moved = time.monotonic()
+    def take(self) -> None:
+        """Put what has come where it is waited for, and say so to the sender."""
+        taken = 0
+        while self.early and self.coming and self.error is None:
+            tag, size, at, chunk = self.early.popleft()
+            pending = self.coming[0]
+            fits = size <= JSON_BYTES if pending.size is None else size == pending.size
+            if tag != pending.tag or not fits or at != pending.at or at + len(chunk) > size:
+                self.fail(
+                    RunError(
+                        f"member {self.name!r} has sent {size} bytes of kind {tag} where {pending.size} of kind"
+                        f" {pending.tag} are due: the members are out of step; start all with the same tightfit"
+                    )
+                )
+                return
+            if pending.room is None:
+                pending.room = bytearray(size)
+            memoryview(pending.room)[at : at + len(chunk)] = chunk
+            pending.at += len(chunk)
+            taken += 1
+            if pending.at == size:
+                self.coming.popleft().done.set()
+        if taken and not self.ended:
+            send_words(self.link, {"taken": taken})
+        if self.ended and not self.early:
+            self.fail(ConnectionResetError("it closed the connection"))
 
-    def _receive(self, pending: Pending) -> None:
-        head = bytearray(FRAME.size)
-        self._fill(memoryview(head))
-        tag, size = FRAME.unpack(head)
-        fits = size <= JSON_BYTES if pending.size is None else size == pending.size
-        if tag != pending.tag or not fits:
-            raise RunError(
-                f"member {self.name!r} has sent {size} bytes of kind {tag} where {pending.size} of kind {pending.tag}"
-                " are due: the members are out of step; start all with the same tightfit"
-            )
-        if pending.room is None:
-            pending.room = bytearray(size)
-        self._fill(memoryview(pending.room))
+    def fail(self, error: OSError | RunError) -> None:
+        """Nothing passes any more."""
+        self.error = self.error or error
+        for lane in (self.going, self.coming):
+            while lane:
+                self.end(lane.popleft(), self.error)
 
-    def _fill(self, room: memoryview) -> None:
-        while room:
-            count = self.data.recv_into(room, min(CHUNK, len(room)))
-            if not count:
-                raise ConnectionResetError("it closed the connection")
-            room = room[count:]
-            self.heard = self.moved = time.monotonic()
+    @staticmethod
+    def end(pending: Pending, error: OSError | RunError) -> None:
+        pending.error = error
+        pending.done.set()
 
 
 class Transport:
@@ -165,29 +175,35 @@ class Transport:
         address: str,
         port: int,
         *,
-        key: bytes,
+        keys: Keys,
         timeout: float,
         plan: str = "",
         listens: int = 0,
         stopping: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Meet the other members at `address`, where the member `listens` does.
+        """Meet the other members at `address`, where the member `listens` does, from `port` on.
 
-        `key` and `plan` have to be the same for all. `timeout` is in seconds: how long to wait for the others to
+        `keys` and `plan` have to be of one fleet for all. `timeout` is in seconds: how long to wait for the others to
         appear, and later for a sign of life and for a message to get on. Raises RunError where they do not meet, and
         where `stopping` says so while it waits; `say` is told who is waited for.
         """
-        self.members, self.rank, self.plan, self.timeout, self._stopping = members, rank, plan, timeout, stopping
+        self.members, self.rank, self.plan, self.timeout = members, rank, plan, timeout
+        self._stopping, self._say = stopping, say
         self._beat = min(BEAT_SECONDS, timeout / 5)
         self._verdict: tuple[int, str] | None = None
         """who is gone, and what is said of it"""
         self._waits: list[int] = []
         self._asked: float | None = None
         """when this process was first found to be asked to end"""
-        self._lock, self._speaking, self._hung_up = threading.Lock(), threading.Lock(), threading.Event()
-        meeting = Meeting(members, rank, listens, key, timeout=timeout, plan=plan, stopping=stopping, say=say)
-        links = meeting.meet(address, port)
+        self._lock = threading.Lock()
+        self._words: deque[dict[str, Any]] = deque()
+        """what is to be said to all others"""
+        self._linger: float | None = None
+        """seconds for what is on its way, once this member hangs up"""
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._meeting = Meeting(members, rank, listens, keys, timeout=timeout, plan=plan, stopping=stopping, say=say)
+        links = self._meeting.meet(address, port)
         self._peers = {other: _Peer(members[other], links[other]) for other in sorted(links)}
         self._living = threading.Thread(target=self._live, name="tightfit-fleet", daemon=True)
         self._living.start()
@@ -226,23 +242,49 @@ class Transport:
 
     def _submit(self, direction: str, peer: int, tag: int, room: Any, held: Any = None) -> Pending:
         pending = Pending(self, peer, tag, room, None if room is None else len(room), held)
-        self._peers[peer].submit(direction, pending)
+        other = self._peers[peer]
+        with self._lock:  # against the end of the thread that moves it
+            if self._linger is None:
+                (other.going if direction == "send" else other.coming).append(pending)
+            else:
+                other.end(pending, ConnectionResetError("this member has hung up"))
+        self._stir()
         return pending
+
+    def _stir(self) -> None:
+        """Have the thread look what there is to do."""
+        with suppress(OSError):  # it has ended
+            os.eventfd_write(self._wake, 1)
 
     # --- waiting, and who is at fault -------------------------------------------------------------------------------
 
     def wait(self, pending: Pending) -> None:
         """Wait until a message is through. Raises MemberGoneError where that cannot be expected any more."""
         begun, peer = time.monotonic(), self._peers[pending.peer]
+        say = begun + SAY_SECONDS - 2 * LOOK_SECONDS
         self._waits.append(pending.peer)
         try:
             while not pending.done.wait(LOOK_SECONDS):
+                now = time.monotonic()
                 if self._verdict is None:
-                    self._judge(pending.peer, time.monotonic() - max(begun, peer.moved))
+                    self._judge(pending.peer, now - max(begun, peer.moved))
                 if self._verdict is not None:
                     raise self._gone()
+                if now > say:
+                    say = now + NOT_YET
+                    self._say(self._awaited(pending.peer, now, now - begun))
         finally:
             self._waits.remove(pending.peer)
+
+    def _awaited(self, peer: int, now: float, waited: float) -> str:
+        """Who is waited for, and what is known of it."""
+        last = self._last_in_chain(peer)
+        through = f", for whom {self.members[peer]!r} waits" if last != peer else ""
+        quiet = now - self._peers[last].heard
+        signs = "it gives signs of life"
+        if quiet > max(3 * self._beat, LOOK_SECONDS):
+            signs = f"nothing has come from it for {quiet:.0f} s, after {self.timeout:.0f} s it is taken for gone"
+        return f"waiting for member {self.members[last]!r}{through}, since {waited:.0f} s: {signs}"
 
     def _judge(self, awaited: int, waited: float) -> None:
         """Find out whether a member is gone: one that has closed its connections, or of which nothing has come for too
@@ -327,45 +369,85 @@ class Transport:
         self._say_to_all({"gone": rank, "why": why})
 
     def _say_to_all(self, frame: dict[str, Any]) -> None:
-        with self._speaking:
-            for peer in self._peers.values():
-                with suppress(OSError):
-                    send_frame(peer.control, frame)
+        self._words.append(frame)
+        self._stir()
 
     def _live(self) -> None:
-        """Give signs of life and hear those of the others, until all others have ended; what they sent before can still
-        be received, until this member hangs up.
-        """
-        beat = 0.0
-        while living := {peer.control: peer for peer in self._peers.values() if not peer.ended}:
+        """Send and receive, give signs of life and hear those of the others, until this member hangs up."""
+        poller, beat = zmq.Poller(), 0.0
+        end: float | None = None
+        poller.register(self._wake, zmq.POLLIN)
+        for peer in self._peers.values():
+            for one in (peer.link, peer.monitor):
+                poller.register(one, zmq.POLLIN)
+        while True:
             now = time.monotonic()
+            if self._linger is not None and end is None:
+                end = now + self._linger
+                self._words.append({"end": True})
+            elif end is not None and (now > end or all(peer.ended or peer.let_go for peer in self._peers.values())):
+                break
             if now >= beat:
                 beat = now + self._beat
-                self._say_to_all({"waits": list(self._waits)})
-            ready, _, _ = select.select(list(living), [], [], max(0.0, beat - time.monotonic()))
-            for one in ready:
-                self._hear(living[one], receive_frame(one))
-        self._hung_up.wait()
-        for peer in self._peers.values():
-            for thread in peer.threads:
-                thread.join()
-            peer.control.close()
-            peer.data.close()
+                self._words.append({"waits": list(self._waits)})
+            while self._words:
+                words = self._words.popleft()
+                for peer in self._peers.values():
+                    if not peer.ended:
+                        send_words(peer.link, words)
+            for peer in self._peers.values():
+                peer.push()
+                peer.take()
+            until = beat if end is None else min(beat, end)
+            ready = dict(poller.poll(max(0, int(1000 * (until - time.monotonic())) + 1)))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            for peer in self._peers.values():
+                self._hear(peer)
+                if peer.monitor in ready and EVENT.unpack(peer.monitor.recv_multipart()[0])[0] == DISCONNECTED:
+                    self._hear(peer)  # what it said last
+                    peer.quiet, peer.ended = time.monotonic() - peer.heard, True
+        with self._lock:
+            for peer in self._peers.values():
+                peer.fail(ConnectionResetError("this member has hung up"))
+        self._meeting.close(0)
+        os.close(self._wake)
 
-    def _hear(self, peer: _Peer, frame: dict[str, Any] | None) -> None:
-        quiet, peer.heard = time.monotonic() - peer.heard, time.monotonic()
-        if frame is None:
-            peer.ended, peer.quiet = True, quiet
-        elif "waits" in frame:
-            peer.waits = frame["waits"]
-        elif "left" in frame:
-            peer.left = True
-        elif "gone" in frame:
-            rank, why = int(frame["gone"]), str(frame["why"])
-            other = self._peers.get(rank)
-            if other and other is not peer and peer.heard - other.heard < 2 * self._beat and "out of reach" in why:
-                why += f"; {self.members[self.rank]!r} hears both, so that it is the network"
-            self._tell(rank, why)  # on to those whom it does not reach
+    def _hear(self, peer: _Peer) -> None:
+        """Take all that has come from a member."""
+        while True:
+            try:
+                parts = peer.link.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            peer.heard = time.monotonic()
+            if len(parts) == 2:
+                peer.moved = peer.heard
+                peer.early.append((*FRAME.unpack(parts[0].buffer), parts[1].buffer))
+                peer.take()
+                continue
+            frame = json.loads(parts[0].bytes)
+            if "taken" in frame:
+                peer.moved = peer.heard
+                peer.under_way -= frame["taken"]
+                peer.push()
+            elif "waits" in frame:
+                peer.waits = frame["waits"]
+            elif "left" in frame:
+                peer.left = True
+            elif "end" in frame:
+                send_words(peer.link, {"let go": True})
+            elif "let go" in frame:
+                peer.let_go = True
+            elif "gone" in frame:
+                self._told(peer, int(frame["gone"]), str(frame["why"]))
+
+    def _told(self, peer: _Peer, rank: int, why: str) -> None:
+        """A member says who is gone."""
+        other = self._peers.get(rank)
+        if other and other is not peer and peer.heard - other.heard < 2 * self._beat and "out of reach" in why:
+            why += f"; {self.members[self.rank]!r} hears both, so that it is the network"
+        self._tell(rank, why)  # on to those whom it does not reach
 
     # --- ending -----------------------------------------------------------------------------------------------------
 
@@ -373,36 +455,19 @@ class Transport:
         """Tell the others that this member ends, and why, unless one has ended already."""
         self._tell(self.rank, why)
 
-    def hang_up(self) -> None:
-        """Close the connections to the other members, so that those who wait for this one hear of it at once."""
-        for peer in self._peers.values():
-            for lane in peer.lanes.values():
-                lane.put(None)
-            for one, how in ((peer.data, socket.SHUT_RDWR), (peer.control, socket.SHUT_WR)):
-                with suppress(OSError):
-                    one.shutdown(how)
-        self._hung_up.set()
+    def hang_up(self, linger: float = LAST_SECONDS) -> None:
+        """Close the connections to the other members, so that those who wait for this one hear of it at once; what is
+        on its way has `linger` seconds.
+        """
+        with self._lock:
+            self._linger = linger if self._linger is None else self._linger
+        self._stir()
+        self._living.join(linger + 1.0)
 
     def close(self) -> None:
-        """This member's run is over, as planned."""
+        """This member's run is over, as planned: what it has sent arrives."""
         self._say_to_all({"left": True})
-
-
-def read_key(path: str) -> bytes:
-    """The key of a fleet's plan. Raises InputError where there is none."""
-    try:
-        with open(path, encoding="ascii") as file:
-            key = bytes.fromhex(file.read(256))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: no key of the fleet ({error}); it lies in the folder of the fleet's plan: give every member all"
-            " of it, or make it again with `tightfit fleet plan`"
-        ) from error
-    if len(key) < 32:
-        raise InputError(
-            f"{path}: a key of {len(key)} bytes, which is too short; make it again with `tightfit fleet plan`"
-        )
-    return key
+        self.hang_up(ENDING_SECONDS)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

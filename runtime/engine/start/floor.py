@@ -34,8 +34,9 @@ HOLES_PER_WORKSPACE = 0.3
 """Further holes in the heap, as a fraction of the largest workspace of an operator of PyTorch's own: the space that its
 freed buffers leave is not always where the next operator's buffers need it. tightfit's own operators allocate nearly
 all of their workspace at once."""
-EXCHANGE_SLACK_BYTES = 2 << 20
-"""Allowance for the code that exchanging gradients maps, and for messages that are not pieces of gradients."""
+EXCHANGE_SLACK_BYTES = 4 << 20
+"""Allowance for the code that exchanging gradients maps, for messages that are not pieces of gradients, and for the
+chunks that are under way to a member on either side and from it (`tightfit.runtime.engine.fleet.transport.WINDOW`)."""
 LOCAL, EXCHANGE_SECONDS = "127.0.0.1", 30.0
 """longest time in which two members of a fleet that are both in this process connect to each other"""
 IMPORT_SLACK_BYTES = 10 << 20
@@ -53,6 +54,7 @@ def exchange_bytes(channel: TransferChannel) -> int:
     before = memory().resident
     import threading
 
+    from tightfit.runtime.engine.fleet.keys import Keys, new_pairs
     from tightfit.runtime.engine.fleet.meeting import listening
     from tightfit.runtime.engine.fleet.transport import Transport
     from tightfit.runtime.engine.start.kernel_warmup import SIZE, settle, warm_up
@@ -61,10 +63,13 @@ def exchange_bytes(channel: TransferChannel) -> int:
         importlib.import_module(f"tightfit.runtime.engine.fleet.{name}")
     with listening(LOCAL, 0) as free:
         port = free.getsockname()[1]
+    members = ["one", "other"]
+    pairs = new_pairs(members)
     transports: list[Transport] = []
 
     def meet(rank: int) -> None:
-        transports.append(Transport(["one", "other"], rank, LOCAL, port, key=bytes(32), timeout=EXCHANGE_SECONDS))
+        keys = Keys.of(pairs, members, rank)
+        transports.append(Transport(members, rank, LOCAL, port, keys=keys, timeout=EXCHANGE_SECONDS))
 
     thread = threading.Thread(target=meet, args=(1,))
     thread.start()
@@ -80,7 +85,6 @@ def exchange_bytes(channel: TransferChannel) -> int:
     added = memory().resident - before
     for transport in transports:
         transport.close()
-        transport.hang_up()
     return max(0, added) + EXCHANGE_SLACK_BYTES
 
 

@@ -13,7 +13,7 @@ from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.io import load_plan
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.fleet.transport import read_key
+from tightfit.runtime.engine.fleet.keys import read_keys
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def test_a_member_needs_its_own_files_only(planned, folder):
 def test_the_key_lies_beside_the_plan_for_its_owner_alone(planned, tmp_path):
     keys = [key_path(save_fleet(*planned, tmp_path / name)) for name in ("one", "other", "one")]
     assert [path.stat().st_mode & 0o777 for path in keys] == [0o600] * 3
-    assert len({read_key(str(path)) for path in keys[:2]}) == 2
+    names = [member.name for member in planned[0].members]
+    assert len({read_keys(str(path), [*names, "server"], 0).secret for path in keys[:2]}) == 2
     keys[1].unlink()
     with pytest.raises(
         InputError, match=r"fleet\.key: the key .* is not beside the fleet's plan; copy the whole folder"

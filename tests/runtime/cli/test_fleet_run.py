@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.cli import main
 from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.session.fleet import free_port
 from tightfit.runtime.session.output import is_locked
 
 MICRO_BATCHES = 4
@@ -51,12 +51,6 @@ def tightfit(*words, code=0):
     )
     assert found.returncode == code, found.stderr
     return found
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +118,8 @@ def test_after_sigterm_the_next_try_in_the_same_folder_begins(folder, tmp_path, 
     chain = [member["name"] for member in json.loads((folder / "plan" / "fleet.json").read_text())["members"]]
     words = ["fleet", "run", folder / "plan", "--data", "random", "--lr", "1e-2", "--seed", "5", "-o", tmp_path / "out"]
     here = chain if who.startswith("all") else chain[who.startswith("another") :][:1]
-    alone = [] if here == chain else ["--member", *here, "--at", f"127.0.0.1:{free_port()}", "--timeout", "600"]
+    at = f"127.0.0.1:{free_port(count=len(chain))}"
+    alone = [] if here == chain else ["--member", *here, "--at", at, "--timeout", "600"]
     begun = subprocess.Popen(
         command("tightfit.runtime.cli.main", *map(str, words), "--steps", "8000", *alone),
         env=os.environ | {"PYTHONPATH": python_path()},
