@@ -41,9 +41,10 @@ from tightfit.profiles.steps.tracing_process import (
 )
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import have_place
+from tightfit.runtime.common.children import own_environment
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
-from tightfit.runtime.common.interpreter import PACKAGE, python_path
+from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.common.progress import Progress
@@ -140,7 +141,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         accumulate=options.accumulate,
         threads=threads,
         scratch=cache_directory(),
-        environment=dict(os.environ) | {"PYTHONPATH": python_path()},
+        environment=own_environment(),
         layers=traced.layers,
         memory=options.memory,
         kept=_kept_figures(threads),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,8 +16,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import IO, Any
+from typing import Any
 
+from tightfit.runtime.common.children import last_words, start
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 from tightfit.runtime.common.option_names import named_as, on_command_line, on_the_command_line
 from tightfit.runtime.common.parent import end_with_parent
@@ -27,7 +27,6 @@ from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.spare_memory import free_memory
 
-STDERR_BYTES = 1 << 16
 ON_COMMAND_LINE = "on_command_line"
 """key in every request: whether messages spell options as a command line has them"""
 
@@ -67,16 +66,14 @@ def _run_worker(
     # ever.
     with (
         tempfile.TemporaryFile() as stderr,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(environment)
-        ) as child,
+        start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, environment=environment) as child,
     ):
         assert child.stdin is not None
         assert child.stdout is not None
         try:
             # If the process has ended already, its stderr says why.
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps({**request, ON_COMMAND_LINE: on_the_command_line()}))
+                child.stdin.write(json.dumps({**request, ON_COMMAND_LINE: on_the_command_line()}).encode())
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.close()
             result = failure = None
@@ -95,13 +92,13 @@ def _run_worker(
             raise
         if result is not None:
             return result
-        last_line = _last_line(stderr)
+        said = last_words(stderr, f"exit status {status}")
     for error_class in (InputError, InfeasibleError, RunError, CapError):
         if status == error_class.exit_code and failure:
             raise error_class(failure)
     if status == -signal.SIGKILL:
         raise RunError(f"{doing} was killed, most likely for want of memory; {instead}")
-    raise RunError(f"{doing} stopped: {last_line or f'exit status {status}'}")
+    raise RunError(f"{doing} stopped: {said}")
 
 
 class _MemoryOfWorkers:
@@ -180,12 +177,6 @@ def predicted_bytes() -> int:
 def held_bytes() -> int:
     """The most bytes that workers of this process have held at once, with what they have started."""
     return MEMORY_OF_WORKERS.held_bytes
-
-
-def _last_line(stderr: IO[bytes]) -> str:
-    stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - STDERR_BYTES))
-    lines = stderr.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
 
 
 def work(do: Callable[[dict[str, Any], Progress], Any]) -> int:

@@ -20,6 +20,7 @@ from tightfit.profiles.measuring.kernels import kernel_bytes
 from tightfit.profiles.measuring.messages import Steps
 from tightfit.profiles.worker_process import send
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import own_environment
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import nameless_file, write_all
 from tightfit.runtime.engine.device.resident import memory
@@ -125,9 +126,8 @@ def idle_floor(threads: int) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     for line in lines:  # the second one, `exchange_bytes`, is missing where a process cannot meet another
         measured |= json.loads(line)
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     supervisor = subprocess.run(
-        supervisor_command("--measure"), capture_output=True, text=True, env=environment, check=False
+        supervisor_command("--measure"), capture_output=True, text=True, env=own_environment(), check=False
     )
     if supervisor.returncode:
         raise SystemExit(f"the supervisor of runs does not start: {supervisor.stderr.strip() or supervisor.returncode}")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from typing import Any
 
+from tightfit.runtime.common.children import last_words
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.device.resident import memory
@@ -41,7 +42,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
         check=False,
     )
     if process.returncode:
-        last_line = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+        last_line = last_words(process.stderr, f"exit status {process.returncode}")
         if process.returncode == InputError.exit_code:
             raise InputError(last_line)
         if process.returncode == RunError.exit_code:

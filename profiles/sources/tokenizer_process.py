@@ -7,7 +7,6 @@ known before (`tightfit.profiles.sources.tokenizer_memory`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.worker_process import run_worker, work
+from tightfit.runtime.common.children import own_environment
 from tightfit.runtime.common.errors import CapError
-from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import MIB, format_size
 from tightfit.runtime.engine.device.resident import memory
@@ -72,7 +72,7 @@ def with_tokenizer(
     answer = run_worker(
         command(module),
         {**request, "file": asdict(file)},
-        os.environ | {"PYTHONPATH": python_path(), "TOKENIZERS_PARALLELISM": "false"},
+        own_environment(TOKENIZERS_PARALLELISM="false"),
         doing=doing,
         predicted_bytes=needed_bytes + min(longest_bytes, room_bytes - needed_bytes),
         instead=f"end other programs{otherwise}",

@@ -8,7 +8,6 @@ service does that makes a bundle for a device elsewhere.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +28,8 @@ from tightfit.profiles.steps.decoder_step import DecoderStep
 from tightfit.profiles.steps.step import ProfiledStep, of_source
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import check_place, run_worker, work
-from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.children import own_environment
+from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.engine.start.cuda_stubs import built_for_cuda
 
@@ -171,7 +171,7 @@ def _by_worker(what: str, request: BundleRequest, needed: int, instead: str, rep
     return run_worker(
         command(__name__),
         {"what": what, "request": request.model_dump(mode="json")},
-        os.environ | {"PYTHONPATH": python_path()},
+        own_environment(),
         doing="tracing",
         predicted_bytes=needed,
         instead=instead,

@@ -18,7 +18,7 @@ from tightfit.runtime.cli.options import (
     read,
     with_options,
 )
-from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import own_environment
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.options import RoundOptions
 from tightfit.runtime.session.options import DataOptions, EarlierRunOptions, RateOptions
@@ -289,7 +289,7 @@ def join(
     authority = _existing(root_certificates) if root_certificates else None
     key = _existing(private_key) if private_key else None
     settings = device.write()
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    environment = own_environment()
     command = node_command(settings, superlink, authority, key, insecure=insecure)
     os.execvpe(command[0], command, environment)  # noqa: S606  our own command line
 

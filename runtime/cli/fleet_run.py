@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import typer
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.runtime.cli.options import Debug, Json, command_words, read, with_options
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import start
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import relayed_signals
 from tightfit.runtime.session.options import RunOptions
@@ -167,7 +167,6 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
     chain = fleet.chain
     output.mkdir(parents=True, exist_ok=True)
     at = f"127.0.0.1:{free_port(count=len(chain))}"
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     console = messages()
     with ExitStack() as stack:
         running: dict[str, subprocess.Popen[bytes]] = {}
@@ -175,9 +174,7 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
         for member in chain:
             log = stack.enter_context((output / f"{member.name}.{LOG}").open("wb"))
             command = interpreter.command(MODULE, *words, "--member", member.name, "--at", at, "--json")
-            running[member.name] = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            running[member.name] = start(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             signals.to(running[member.name])
         updates_shown = 0
         while any(child.poll() is None for child in running.values()):

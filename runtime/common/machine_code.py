@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.interpreter import command
 
 
 def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environment: dict[str, str]) -> str:
@@ -108,12 +108,14 @@ def _test_results(path: Path, judge: str, environment: dict[str, str]) -> list[s
     """
     import subprocess
 
+    from tightfit.runtime.common.children import own_environment
+
     process = subprocess.run(
         command(judge, str(path)),
         check=True,
         capture_output=True,
         timeout=120,
         text=True,
-        env={**os.environ, **environment, "PYTHONPATH": python_path()},
+        env=own_environment(**environment),
     )
     return json.loads(process.stdout)  # type: ignore[no-any-return]

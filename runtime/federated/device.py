@@ -17,12 +17,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-from tightfit.runtime.common import interpreter
+from tightfit.runtime.common import children, interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
-from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.federated.adapter_file import AdapterFile
 from tightfit.runtime.federated.messages import HELLO, OVER, Answer, Order
@@ -199,14 +197,13 @@ def start(
     process ends, however it does.
     """
     with open(log, "wb") as file:
-        return subprocess.Popen(
+        return children.start(
             command,
-            env=environment or os.environ | {"PYTHONPATH": interpreter.python_path()},
-            stdin=subprocess.DEVNULL,
+            environment=environment,
+            orphaned=orphaned,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=partial(end_with_parent, orphaned),  # noqa: PLW1509  a call of the kernel, no lock is taken
         )
 
 

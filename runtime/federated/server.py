@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import last_words
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.option_names import spelled
@@ -249,8 +250,8 @@ class _Processes:
 
     def said(self, name: str) -> str:
         """The last line that a process said."""
-        lines = (self.out / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        with (self.out / f"{name}.log").open("rb") as log:
+            return last_words(log)
 
 
 def _lives(number: int) -> bool:

@@ -20,6 +20,7 @@ from tightfit.planner.generation.problem import Figures, Problem
 from tightfit.profiles.measuring.cpu_load import OtherPrograms, crowded, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import last_words, own_environment, start
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import cache_directory, write_whole
 from tightfit.runtime.common.interpreter import PACKAGE
@@ -126,22 +127,21 @@ def _of_decoder(small: Problem, store: Path, threads: int) -> dict[str, Any]:
         read, write = os.pipe()
         with os.fdopen(read, "rb") as messages:
             try:
-                process = subprocess.Popen(
+                process = start(
                     interpreter.command(
                         CHILD, path, "--messages", str(write), *["--on-command-line"] * on_the_command_line()
                     ),
                     stdout=subprocess.DEVNULL,
                     stderr=words,
                     pass_fds=(write,),
-                    env=child_environment(threads),
+                    environment=child_environment(threads),
                 )
             finally:
                 os.close(write)
             lines: list[dict[str, Any]] = [json.loads(line) for line in messages]
         status = process.wait()
-        words.seek(0)
-        spoken = words.read().decode(errors="replace").strip().splitlines()
-    nothing = {"event": "error", "kind": "RunError", "message": spoken[-1] if spoken else f"exit status {status}"}
+        spoken = last_words(words, f"exit status {status}")
+    nothing = {"event": "error", "kind": "RunError", "message": spoken}
     last = [nothing, *lines][-1]
     if last["event"] != "measured":
         kind = InputError if last.get("kind") == "InputError" else RunError
@@ -155,11 +155,10 @@ def _of_decoder(small: Problem, store: Path, threads: int) -> dict[str, Any]:
 
 
 def _of_front(command: list[str]) -> int:
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=own_environment(), check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise RunError(f"the process that shows the answers does not start: {last}")
+        said = last_words(done.stderr, f"exit status {done.returncode}")
+        raise RunError(f"the process that shows the answers does not start: {said}")
     return int(done.stdout)
 
 

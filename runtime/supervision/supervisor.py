@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import start
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.interrupts import ThirdInterrupt, relayed_signals
 from tightfit.runtime.common.option_names import named_as, on_command_line
@@ -195,11 +196,10 @@ def become(arguments: list[str], lock: int, group: MemoryCgroup | None, *, repla
     arguments = group.enter(arguments) if group else arguments
     if replace:
         interpreter.replace_process(arguments)
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     sys.stdout.flush()
     sys.stderr.flush()
     with relayed_signals() as passing:
-        child = subprocess.Popen(arguments, env=environment, pass_fds=(lock,), start_new_session=True)
+        child = start(arguments, stdin=None, pass_fds=(lock,), start_new_session=True)
         passing.to(child)
         return child.wait()
 

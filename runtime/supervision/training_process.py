@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.children import start
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.files import in_memory, nameless_file
 from tightfit.runtime.common.option_names import on_the_command_line, spelled
@@ -215,15 +216,14 @@ def started(
                 if on_the_command_line():
                     arguments.append("--on-command-line")
                 try:
-                    process = subprocess.Popen(
+                    process = start(
                         own_group.enter(arguments) if own_group else arguments,
                         # It inherits the lock: if this process is killed, the directory stays locked until it has
                         # saved.
                         pass_fds=(write, order.lock, *([] if requests is None else [requests])),
-                        stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
-                        env=order.environment,
+                        environment=order.environment,
                         start_new_session=True,  # so that Ctrl-C reaches the parent alone, which passes it on
                     )
                 finally:

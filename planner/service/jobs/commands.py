@@ -6,12 +6,11 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from signal import SIGKILL
 
 from tightfit.planner.service.jobs.running import failure_of
 from tightfit.planner.service.jobs.store import Row
-from tightfit.runtime.common.parent import end_with_parent
+from tightfit.runtime.common.children import last_words, start
 
 
 def carry_out(command: Sequence[str], what: str, lock: int, each: Callable[[Row], None] = lambda printed: None) -> Row:
@@ -23,14 +22,7 @@ def carry_out(command: Sequence[str], what: str, lock: int, each: Callable[[Row]
     last: Row = {}
     with (
         tempfile.TemporaryFile() as stderr,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            pass_fds=(lock,),
-            preexec_fn=partial(end_with_parent, SIGKILL),  # noqa: PLW1509  no thread runs yet
-        ) as child,
+        start(command, stdout=subprocess.PIPE, stderr=stderr, pass_fds=(lock,), orphaned=SIGKILL) as child,
     ):
         assert child.stdout is not None
         for line in child.stdout:
@@ -40,8 +32,7 @@ def carry_out(command: Sequence[str], what: str, lock: int, each: Callable[[Row]
                 continue
             each(last)
         code = child.wait()
-        stderr.seek(0)
-        said = (stderr.read().decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        said = last_words(stderr)
     if code or not last or "error" in last:
         raise failure_of(code, last, f"{what} {{}}: {said}")
     return last

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from tightfit.planner.service.jobs.uploaded_data import placed
 from tightfit.planner.service.wire.objects import CHUNK, ObjectStore
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.profiles.option_fields import options_of, word_of
+from tightfit.runtime.common.children import last_words, start
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.new_lines import NewLines
-from tightfit.runtime.common.parent import end_with_parent
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.contention import crowding_of
 from tightfit.runtime.supervision.progress import stage_of
@@ -179,15 +178,8 @@ def _arguments(option: str, value: Any) -> list[str]:
 def _run_to_end(command: list[str], lock: int, out: Path, events: EventWriter) -> tuple[int, bytes, str]:
     """Exit code, standard output and last words of the run."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=(lock,),
-            # Asked to save and end when this process is killed; no thread runs yet.
-            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
-        )
+        # Asked to save and end when this process is killed.
+        child = start(command, stdout=stdout, stderr=stderr, pass_fds=(lock,), orphaned=signal.SIGTERM)
         threading.Thread(target=_end_with_input, args=(child,), daemon=True).start()
         steps, told, clock = NewLines(out / "metrics.jsonl", skip=True), 0, RunClock()
 
@@ -209,9 +201,7 @@ def _run_to_end(command: list[str], lock: int, out: Path, events: EventWriter) -
             report()
         report()
         stdout.seek(0)
-        stderr.seek(0)
-        error_lines = stderr.read().decode(errors="replace").strip().splitlines()
-        return child.returncode, stdout.read(), error_lines[-1] if error_lines else "it said nothing"
+        return child.returncode, stdout.read(), last_words(stderr)
 
 
 def _end_with_input(child: subprocess.Popen[bytes]) -> None:
