@@ -35,8 +35,8 @@ from tightfit.planner.search_options import (
 )
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.minimum_budget import lower_peak
+from tightfit.planner.solve.model_search import SearchResult, Solver, share_of
 from tightfit.planner.solve.policies import POLICIES, policy_parts
-from tightfit.planner.solve.search import SearchResult, Solver, share_of
 from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.gc_pause import paused_collector
 

@@ -53,7 +53,7 @@ def planner_of(profile: Profile, options: SearchOptions = ALL) -> Planner:
     ablation benchmark.
     """
     if profile.model.is_bare_graph:
-        from tightfit.planner.graphs.planner import GraphPlanner
+        from tightfit.planner.graphs.graph_planner import GraphPlanner
 
         return GraphPlanner(profile, options)
     return ModelPlanner(profile, options)

@@ -36,7 +36,7 @@ class FleetPlanOptions(Options):
 
 
 class FleetOptions(FleetPlanOptions):
-    """How a fleet whose devices meet at every step is planned for (`tightfit.planner.fleet.plan.plan_kind`)."""
+    """How a fleet whose devices meet at every step is planned for (`fleet_planner.plan_kind`)."""
 
     kind: Kind = option(
         "auto",

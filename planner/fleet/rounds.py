@@ -25,6 +25,8 @@ from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
 from tightfit.planner.fleet.bounds import Candidate, Division, DivisionBounds, Held
+from tightfit.planner.fleet.fleet_planner import UNJUDGED, FleetPlanner, figures_of
+from tightfit.planner.fleet.fleet_search import DivisionSearch, Pipeline
 from tightfit.planner.fleet.io import plan_file, server_plan_file
 from tightfit.planner.fleet.members import (
     MemberSpec,
@@ -42,7 +44,6 @@ from tightfit.planner.fleet.members import (
 from tightfit.planner.fleet.options import SplitRoundsOptions, WholeRoundsOptions
 from tightfit.planner.fleet.part_plans import AlonePlans, StagePlans, no_time, while_there_is_time
 from tightfit.planner.fleet.parts import passed_of
-from tightfit.planner.fleet.plan import UNJUDGED, FleetPlanner, figures_of
 from tightfit.planner.fleet.programs import (
     Pace,
     Served,
@@ -65,7 +66,6 @@ from tightfit.planner.fleet.schema import (
     SplitPlan,
     SplitServer,
 )
-from tightfit.planner.fleet.search import DivisionSearch, Pipeline
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.schema import Plan
 from tightfit.profiles.option_fields import keywords_of

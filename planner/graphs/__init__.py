@@ -23,9 +23,9 @@ Bare graphs come from `tightfit.profiles.graph_input`.
 | search/exact_moves | CP-SAT over all schedules with moves to a disk, for small graphs |
 | plan_result | a schedule written down as a plan |
 | incumbents | the schedules that one call has found, where searches start, and what is proven of peaks |
-| budget_search, move_search | the search at one budget, without a disk and with one |
+| graph_budget_search, move_search | the search at one budget, without a disk and with one |
 | smallest_budget | the search for the schedule of lowest peak |
-| planner | budgets in, plans out |
+| graph_planner | budgets in, plans out |
 
 The class of schedules: operators first run in the graph's order; before each first run, and after the last, any earlier
 operators may run again, each at most once more, in the graph's order (Jain et al. 2020, "Checkmate", the

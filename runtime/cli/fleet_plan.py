@@ -98,8 +98,8 @@ def plan(
     asked = read(FleetOptions, options, **({} if kind in OTHERS else {"kind": kind, "bits": bits or 0}))
     enough_for_a_solver()
     from tightfit.planner.fleet.description import read_description
+    from tightfit.planner.fleet.fleet_planner import plan_kind, plan_side
     from tightfit.planner.fleet.io import FILE, save_fleet
-    from tightfit.planner.fleet.plan import plan_kind, plan_side
     from tightfit.planner.fleet.schema import AnyStepFleet
     from tightfit.planner.problem.device_forward import DEFAULT_BITS
     from tightfit.planner.report.fleet_text import fleet_text

@@ -19,7 +19,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
-    from tightfit.planner.generation.plan import GenerationPlan
+    from tightfit.planner.generation.answer_plan import GenerationPlan
     from tightfit.runtime.data.samples import Prompt
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id, or a GGUF file.")]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.generation.plan import GenerationPlan, plan_answers
+from tightfit.planner.generation.answer_plan import GenerationPlan, plan_answers
 from tightfit.planner.generation.problem import AdapterPair, Problem
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.generation.plan import GenerationPlan, plan_measuring
+from tightfit.planner.generation.answer_plan import GenerationPlan, plan_measuring
 from tightfit.planner.generation.problem import Figures, Problem
 from tightfit.profiles.measuring.cpu_load import OtherPrograms, crowded, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown

@@ -105,7 +105,7 @@ FAULTS = (
     ),
     Fault(
         name="a bound is 2 % above what is proven",
-        file="planner/solve/search.py",
+        file="planner/solve/model_search.py",
         right="attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))",
         wrong="attempt.bound = max(attempt.bound, 1.02 * relaxed.bound(self.relaxed.proven(attempt.limit)))",
         tests=("tests/planner/solve", "tests/planner/formulation"),

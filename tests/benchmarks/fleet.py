@@ -34,8 +34,8 @@ import tables
 from rich.table import Table
 
 from examples.reviews import SEQ, fetch
+from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet, plan_pipeline
 from tightfit.planner.fleet.io import save_fleet, sealed_fleet
-from tightfit.planner.fleet.plan import MemberSpec, plan_fleet, plan_pipeline
 from tightfit.planner.fleet.schema import FleetPlan, Link, PipelinePlan, StageMember
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of

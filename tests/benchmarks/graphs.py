@@ -25,7 +25,7 @@ from layered_graph import layered
 from networks import NETWORKS, network
 from rich.table import Table
 
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
 from tightfit.planner.graphs.search.baselines import RULES, remade, rules_for

@@ -19,8 +19,8 @@ from side_networks import as_process
 from torch import Tensor
 from torch.nn import functional as F
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_side
 from tightfit.planner.fleet.io import load_any, save_fleet
-from tightfit.planner.fleet.plan import MemberSpec, plan_side
 from tightfit.planner.fleet.schema import Link, SidePlan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tightfit.planner.generation.plan import GenerationPlan, laid_out, plan_answers
+from tightfit.planner.generation.answer_plan import GenerationPlan, laid_out, plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.models.answering_decoder import answer_steps

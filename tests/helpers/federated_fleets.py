@@ -11,8 +11,8 @@ import pytest
 from changed_operators import with_operators
 from tiny_plans import CONFIG, decoder_profile
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import save_fleet
-from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.rounds import plan_federated, plan_split
 from tightfit.planner.fleet.schema import Link
 

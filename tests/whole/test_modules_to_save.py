@@ -35,8 +35,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from traced import fake_decoder, loss_and_gradients, random_batch, trace_step
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_pipeline
 from tightfit.planner.fleet.part_profiles import member_profile
-from tightfit.planner.fleet.plan import MemberSpec, plan_pipeline
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner

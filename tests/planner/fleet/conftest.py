@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from synthetic import MIB, ProgramBuilder, device, profile_of
 
-from tightfit.planner.fleet.plan import MemberSpec, plan_fleet, plan_pipeline
+from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet, plan_pipeline
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.schema import Layer, Tensor
 

@@ -10,8 +10,8 @@ import pytest
 from broken_plans import member_changed
 from synthetic import MIB
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import load_any, load_member_plan, load_rounds, save_fleet, sealed_fleet
-from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.programs import Pace, makespan_of, shared_out
 from tightfit.planner.fleet.rounds import plan_federated
 from tightfit.planner.fleet.schema import Link

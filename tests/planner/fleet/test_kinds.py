@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic import MIB
 
-from tightfit.planner.fleet import plan
-from tightfit.planner.fleet.plan import plan_kind
+from tightfit.planner.fleet.fleet_planner import plan_kind
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.runtime.common.errors import InputError
 
@@ -27,7 +26,7 @@ def test_data_parallel_without_planning_a_pipeline(stages, monkeypatch):
     def none(*_, **__):
         raise AssertionError("a pipeline is planned")
 
-    monkeypatch.setattr(plan, "plan_pipeline", none)
+    monkeypatch.setattr(fleet_planner, "plan_pipeline", none)
     fleet, _, why = plan_kind(stages((1.0, 1.0), budget=64 * MIB, rate=1e9), 4)
     assert isinstance(fleet, FleetPlan)
     assert why.startswith("data parallel (")

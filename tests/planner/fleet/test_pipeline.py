@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from synthetic import MIB, small_chain
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec, least_seconds, plan_pipeline
+from tightfit.planner.fleet.fleet_search import DivisionSearch
 from tightfit.planner.fleet.io import load_any, load_member_plan, load_rounds, save_fleet
-from tightfit.planner.fleet.plan import MemberSpec, least_seconds, plan_pipeline
-from tightfit.planner.fleet.search import DivisionSearch
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.report.fleet_text import chain_sheet, fleet_sentences
 from tightfit.runtime.common.errors import InfeasibleError, InputError

@@ -15,10 +15,10 @@ from synthetic import MIB
 from tightfit.planner.fleet import bounds
 from tightfit.planner.fleet.bounds import Candidate, DivisionBounds, Held
 from tightfit.planner.fleet.clock import Marks, Station, agree, play
+from tightfit.planner.fleet.fleet_planner import plan_pipeline, shared
+from tightfit.planner.fleet.fleet_search import DivisionSearch
 from tightfit.planner.fleet.part_plans import StagePlans
-from tightfit.planner.fleet.plan import plan_pipeline, shared
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.search import DivisionSearch
 
 ROUNDING = 1e-9
 

@@ -13,9 +13,9 @@ from side_networks import BUDGET, side_profile, specs_of
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.fleet.clock import OneWay
+from tightfit.planner.fleet.fleet_planner import plan_side
 from tightfit.planner.fleet.io import load_any, load_member_plan, save_fleet
 from tightfit.planner.fleet.part_profiles import server_profile, side_shape
-from tightfit.planner.fleet.plan import plan_side
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.plan import minimum_budget, plan

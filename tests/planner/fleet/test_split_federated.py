@@ -8,6 +8,7 @@ from broken_plans import member_changed
 from synthetic import MIB
 
 from tightfit.planner.fleet.description import read_description
+from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import (
     load_member_plan,
     load_rounds,
@@ -15,7 +16,6 @@ from tightfit.planner.fleet.io import (
     save_fleet,
     sealed_fleet,
 )
-from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.rounds import plan_split
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 from synthetic import MIB
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_kind, plan_pipeline
 from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, while_there_is_time
-from tightfit.planner.fleet.plan import MemberSpec, plan_kind, plan_pipeline
 from tightfit.planner.fleet.rounds import in_turn, plan_federated, plan_split
 from tightfit.planner.fleet.schema import Link
 from tightfit.runtime.common.errors import InfeasibleError

@@ -23,8 +23,8 @@ from tightfit.planner.schedule.column_bytes import charged_bytes, instruction_co
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.realize import CyclePart, realize
+from tightfit.planner.solve.model_search import SearchResult
 from tightfit.planner.solve.policies import mebp, rule_columns, smallest
-from tightfit.planner.solve.search import SearchResult
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.profiles.schema import EXCHANGE, Channel, DeviceFigures, Floor, Layer, Tensor, adamw
 

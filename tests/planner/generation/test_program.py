@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import CONFIGS
 
+from tightfit.planner.generation.answer_plan import plan_answers
 from tightfit.planner.generation.choice import Choice, ChoiceProblem, choice_problem, least_room, spread
-from tightfit.planner.generation.plan import plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.planner.generation.program import choose
 from tightfit.planner.generation.simulate import simulate

@@ -6,7 +6,7 @@ import pytest
 from bare_graphs import graph_of
 from brute_graph import random_graph
 
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, pruned
 from tightfit.planner.graphs.search.belady import FEW, belady_schedule

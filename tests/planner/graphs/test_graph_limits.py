@@ -12,13 +12,12 @@ from bare_graphs import graph_of
 from brute_graph import least, random_graph
 from layered_graph import layered
 
-from tightfit.planner.graphs import budget_search, incumbents, move_search, smallest_budget
-from tightfit.planner.graphs import planner as graph_planner
+from tightfit.planner.graphs import graph_budget_search, graph_planner, incumbents, move_search, smallest_budget
 from tightfit.planner.graphs.bounds import cp_sat_model
 from tightfit.planner.graphs.bounds.bound import ClassBound, any_schedule_bound
-from tightfit.planner.graphs.budget_search import GraphBudgetSearch
+from tightfit.planner.graphs.graph_budget_search import GraphBudgetSearch
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.incumbents import Incumbents, ProvenPeaks
-from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs
@@ -124,7 +123,7 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
     profile = graph_profile(layered(40))
     planner = GraphPlanner(profile)
     asked = []
-    monkeypatch.setattr(budget_search, "ClassBound", lambda *given: asked.append(given))
+    monkeypatch.setattr(graph_budget_search, "ClassBound", lambda *given: asked.append(given))
     monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
     budget = int(0.5 * peak_bytes(planner.dag, ()))
     ended = time.monotonic() - 10
@@ -197,7 +196,7 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share):
         "solved",
         lambda solver, model: watch.spend(solver.parameters.max_time_in_seconds, lambda: solved(solver, model)),
     )
-    for module in (budget_search, smallest_budget):
+    for module in (graph_budget_search, smallest_budget):
         monkeypatch.setattr(module, "EvictionSearch", Granted)
     if share is None:
         planner.minimum_bytes(time_limit=limit)

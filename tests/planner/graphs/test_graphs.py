@@ -17,7 +17,7 @@ from tightfit.planner.graphs.bounds.bound import FIRST, ClassBound, _shortest
 from tightfit.planner.graphs.bounds.cut_generation import bytes_over, violated
 from tightfit.planner.graphs.bounds.lp_bound import Fractions, Path, solve_lp
 from tightfit.planner.graphs.bounds.milp_bound import solve_milp
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.live_bytes import LiveBytes
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs, seconds

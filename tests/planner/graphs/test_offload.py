@@ -10,7 +10,7 @@ from broken_plans import changed, listed, rejected
 from brute_graph import random_graph
 from brute_offload import INFINITY, best, least
 
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.search import exact_moves
 from tightfit.planner.instructions import read_all
 from tightfit.planner.plan import plan

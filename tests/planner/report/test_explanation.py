@@ -12,7 +12,7 @@ from places import ROOT
 from sample_plans import sample_plan
 from synthetic import decoder_like, device, small_chain
 
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import planner_of
 from tightfit.planner.report.costs import CostLedger

@@ -21,8 +21,8 @@ from tightfit.planner.schedule.multi_layer_recompute import (
     sqrt_segments,
 )
 from tightfit.planner.schedule.realize import CyclePart, realize
+from tightfit.planner.solve.model_search import SearchResult
 from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
-from tightfit.planner.solve.search import SearchResult
 
 
 def with_random_operator(profile, program):

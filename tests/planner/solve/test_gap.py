@@ -10,7 +10,7 @@ import pytest
 from layered_graph import layered
 from synthetic import decoder_like, device, small_chain
 
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
 from tightfit.planner.graphs.search.subproblem import Subproblem
@@ -18,9 +18,9 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import EXACT, ROUNDING, ended_by
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.realize import realize
-from tightfit.planner.solve import budget_search
+from tightfit.planner.solve import model_budget_search
+from tightfit.planner.solve.model_search import Solver
 from tightfit.planner.solve.policies import POLICIES, rule_columns
-from tightfit.planner.solve.search import Solver
 from tightfit.profiles.graph_input import graph_profile
 from tightfit.runtime.common.errors import InputError
 
@@ -110,7 +110,7 @@ def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_ti
 
     def carried(problem, *given, **options):
         nonlocal clock
-        clock += 2 * budget_search.REALIZE_SECONDS * len(problem.graph.steps)
+        clock += 2 * model_budget_search.REALIZE_SECONDS * len(problem.graph.steps)
         return realize(problem, *given, **options)
 
     def slow(self, under_way):
@@ -121,7 +121,7 @@ def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_ti
 
     planner = ModelPlanner(profile)
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    monkeypatch.setattr(budget_search, "realize", carried)
+    monkeypatch.setattr(model_budget_search, "realize", carried)
     monkeypatch.setattr(Solver, "_in_the_class", slow)
     made = planner.plan(budget, time_limit=limit)
     assert made.step_seconds <= min(fitting)

@@ -20,7 +20,7 @@ from tightfit.planner.schedule.column_bytes import charged_bytes, instruction_co
 from tightfit.planner.solve import column_generation
 from tightfit.planner.solve.column_generation import MARGINS, ColumnGeneration
 from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, ColumnRounding, WindowBytes, rounded
-from tightfit.planner.solve.search import Solver
+from tightfit.planner.solve.model_search import Solver
 
 
 @pytest.fixture(scope="module")

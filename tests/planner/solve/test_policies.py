@@ -23,8 +23,8 @@ from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.schedule.multi_layer_recompute import equal_segments, rerun_layers
 from tightfit.planner.schedule.realize import realize
+from tightfit.planner.solve.model_search import SearchResult
 from tightfit.planner.solve.policies import APPROXIMATE, POLICIES, mebp, rule_columns, smallest
-from tightfit.planner.solve.search import SearchResult
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import initialise, trained_name
 from tightfit.runtime.engine.training.batches import open_batches

@@ -15,9 +15,9 @@ from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.solve.master_lp import MasterLp
+from tightfit.planner.solve.model_search import Solver
 from tightfit.planner.solve.policies import keep_all
 from tightfit.planner.solve.pricing import LITTLE, ColumnPool, FigureHull, figures_row
-from tightfit.planner.solve.search import Solver
 
 
 @pytest.fixture(scope="module")

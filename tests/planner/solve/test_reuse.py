@@ -23,11 +23,11 @@ from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.prefetch import clock
 from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, prefetch_in_place
 from tightfit.planner.schedule.realize import CyclePart, realize
-from tightfit.planner.solve import budget_search
-from tightfit.planner.solve.budget_search import GOOD
+from tightfit.planner.solve import model_budget_search
 from tightfit.planner.solve.column_generation import ColumnGeneration
+from tightfit.planner.solve.model_budget_search import GOOD
+from tightfit.planner.solve.model_search import Solver
 from tightfit.planner.solve.policies import POLICIES, rule_columns, smallest
-from tightfit.planner.solve.search import Solver
 from tightfit.planner.solvers.lp import GrowingProgram, Linear, LinearProgram
 
 
@@ -144,11 +144,13 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
     columns = rule_columns(decoder.problem, POLICIES["mebp"])
     room = decoder.solver.room(decoder.plan(1 << 45, policy="mebp").peak_bytes)
     carried = []
-    real = budget_search.realize
+    real = model_budget_search.realize
     monkeypatch.setattr(
-        budget_search, "realize", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
+        model_budget_search, "realize", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
     )
-    one = budget_search.BudgetSearch(problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600)
+    one = model_budget_search.BudgetSearch(
+        problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600
+    )
     first, _ = one.try_columns(columns)
     other = replace(one, schedules=[])
     again, _ = other.try_columns(columns)

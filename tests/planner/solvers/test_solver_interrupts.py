@@ -17,7 +17,7 @@ from ortools.sat.python import cp_model
 from swallowing import Swallowing
 from synthetic import small_chain
 
-from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
@@ -236,7 +236,7 @@ def test_an_interruption_of_a_search_made_again_keeps_what_was_found_before_it(m
     monkeypatch.setattr(planner, "_solve", interrupt)
     again = planner.plan(budget, time_limit=20)
     assert (again.step_seconds, again.deterministic) == (before.step_seconds, False)
-    monkeypatch.setattr("tightfit.planner.graphs.planner.lowest_schedule", interrupt)
+    monkeypatch.setattr("tightfit.planner.graphs.graph_planner.lowest_schedule", interrupt)
     with pytest.raises(KeyboardInterrupt):
         planner.minimum_bytes(time_limit=10)
 
@@ -249,7 +249,7 @@ def test_an_interruption_while_a_bound_is_worked_out_returns_what_is_known_to_fi
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tightfit.planner.graphs.planner.any_schedule_bound", interrupt)
+    monkeypatch.setattr("tightfit.planner.graphs.graph_planner.any_schedule_bound", interrupt)
     made = planner.plan(budget, policy=policy)
     assert made.train is not None
     assert (made.any_schedule_bound_seconds, made.deterministic) == (planner.dag.once_seconds, False)

@@ -8,8 +8,8 @@ import pytest
 from sample_fleets import member_plans, sample_fleet
 from synthetic import small_chain
 
+from tightfit.planner.fleet import fleet_planner as planner
 from tightfit.planner.fleet import io as fleet_io
-from tightfit.planner.fleet import plan as planner
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.common.units import MIB

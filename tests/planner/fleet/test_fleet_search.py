@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB
 
+from tightfit.planner.fleet.fleet_search import ChainPlace, Contributor, SumSearch
 from tightfit.planner.fleet.schema import Link
-from tightfit.planner.fleet.search import ChainPlace, Contributor, SumSearch
 from tightfit.profiles.schema import Channel, DeviceFigures, Floor
 
 GAP = 1e-3

@@ -15,6 +15,14 @@ from itertools import pairwise
 from typing import Any, ClassVar, Generic, TypeVar
 
 from tightfit.planner.fleet.bounds import Candidate, Division, DivisionBounds, Held
+from tightfit.planner.fleet.fleet_search import (
+    AloneSearch,
+    ChainPlace,
+    Contributor,
+    DivisionSearch,
+    SumChain,
+    SumSearch,
+)
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
 from tightfit.planner.fleet.members import (
     MemberSpec,
@@ -54,7 +62,6 @@ from tightfit.planner.fleet.schema import (
     StageMember,
     StepMember,
 )
-from tightfit.planner.fleet.search import AloneSearch, ChainPlace, Contributor, DivisionSearch, SumChain, SumSearch
 from tightfit.planner.fleet.simulate import own_layers, simulate_fleet
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import gap_to, sealed

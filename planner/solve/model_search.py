@@ -15,11 +15,11 @@ from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import CyclePart, Schedule, smallest_arena
 from tightfit.planner.search_options import ALL, HELD_UP, SearchOptions, SearchProgress
-from tightfit.planner.solve.budget_search import REALIZE_SECONDS, BudgetSearch
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
 from tightfit.planner.solve.greedy import greedy
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp
 from tightfit.planner.solve.minimum_budget import lower_peak
+from tightfit.planner.solve.model_budget_search import REALIZE_SECONDS, BudgetSearch
 from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
 from tightfit.planner.solve.pricing import ColumnPool
 from tightfit.runtime.common.gc_pause import paused_collector

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 
 from tightfit.planner.graphs.bounds.bound import Bound, ClassBound, any_schedule_bound
-from tightfit.planner.graphs.budget_search import GraphBudgetSearch
+from tightfit.planner.graphs.graph_budget_search import GraphBudgetSearch
 from tightfit.planner.graphs.incumbents import Incumbents, ProvenPeaks
 from tightfit.planner.graphs.move_search import MoveSearch, with_everything_moved
 from tightfit.planner.graphs.plan_result import GraphOutcome, LowestPeak, Report, finished, infeasible

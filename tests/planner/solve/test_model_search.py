@@ -23,11 +23,11 @@ from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
 from tightfit.planner.schedule.prefetch import FreeBytes, facts_of, fast_orders
 from tightfit.planner.schedule.realize import CyclePart, realize, smallest_arena
-from tightfit.planner.solve.budget_search import BudgetSearch
 from tightfit.planner.solve.column_generation import ColumnGeneration
+from tightfit.planner.solve.model_budget_search import BudgetSearch
+from tightfit.planner.solve.model_search import SearchResult, Solver
 from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns, smallest
 from tightfit.planner.solve.pricing import ColumnPool
-from tightfit.planner.solve.search import SearchResult, Solver
 from tightfit.planner.solvers import lp
 from tightfit.planner.solvers.lp import GrowingProgram, Linear, LinearProgram, Solution
 from tightfit.runtime.common.gc_pause import paused_collector

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from synthetic import MIB, device, small_chain
 
+from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet
 from tightfit.planner.fleet.part_plans import MemberPlans
-from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.schema import EXCHANGE, adamw
