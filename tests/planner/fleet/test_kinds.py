@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic import MIB
 
+from tightfit.planner.fleet import fleet_planner
 from tightfit.planner.fleet.fleet_planner import plan_kind
 from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan
 from tightfit.runtime.common.errors import InputError
