@@ -11,12 +11,13 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tightfit.profiles.devices.data_sheets import DeviceDescription, find_device
 from tightfit.profiles.devices.estimate import estimate_profile
-from tightfit.profiles.io import load_profile, save_profile
+from tightfit.profiles.io import checked_json, load_profile, parse_profile, save_profile
 from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.figures import measured, unmeasured
@@ -41,6 +42,7 @@ from tightfit.profiles.steps.tracing_process import (
 )
 from tightfit.profiles.weights.source import Source
 from tightfit.profiles.worker_process import have_place
+from tightfit.runtime.common.cache import cache_place, keep, kept
 from tightfit.runtime.common.children import own_environment
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
@@ -125,7 +127,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
         with ThreadPoolExecutor(len(LIBRARIES)) as pool:
             list(pool.map(_library, LIBRARIES))
     key = _fingerprint(opened, step.settings(report), options.accumulate, threads, quota_cores())
-    cached = cache_directory() / "profiles" / f"{key[:32]}.json"
+    cached = cache_place("profiles", key)
     earlier = _earlier(cached, opened) if elsewhere is None and not options.force else None
     if earlier and (not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads)):
         return earlier
@@ -152,7 +154,7 @@ def profile(source: str | os.PathLike[str], options: ProfileOptions) -> Profile:
     result = measured(traced, figures, threads, key, store)
     if earlier is not None and earlier.device.busy_cores <= result.device.busy_cores:
         return earlier
-    save_profile(result, cached)
+    keep(cached, checked_json(result))
     return result
 
 
@@ -259,12 +261,8 @@ def _earlier(cached: Path, source: Source) -> Profile | None:
     """What an earlier call has measured of the same step, with the present paths of the model and of its packed
     weights, which may have been moved since; None if there is no such thing, or the weights are gone.
     """
-    if not cached.exists():
-        return None
-    try:
-        earlier = load_profile(cached)
-    except InputError:
-        cached.unlink(missing_ok=True)
+    earlier = kept(cached, partial(parse_profile, name=str(cached)))
+    if earlier is None:
         return None
     store = _present(earlier.model.store)
     if (store is None) != (earlier.model.store is None):
@@ -302,8 +300,7 @@ def _machine(code: Sequence[str]) -> list[Any]:
 
 def _kept_figures(threads: int) -> Path:
     """The file with what was measured of this machine as it is (`tightfit.profiles.measuring.kept_figures`)."""
-    key = _digest(_machine(MEASURING_CODE), threads, quota_cores(), os.uname().release)
-    return cache_directory() / "machine" / f"{key[:32]}.json"
+    return cache_place("machine", _machine(MEASURING_CODE), threads, quota_cores(), os.uname().release)
 
 
 def _library(module: Any) -> str:

@@ -108,9 +108,12 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
 
     Raises InputError if `path` is not writable, RunError if the disk is full.
     """
-    return write_whole(
-        path, json.dumps({"checksum": _checksum(profile), **profile.model_dump(mode="json")}, indent=1) + "\n"
-    )
+    return write_whole(path, checked_json(profile))
+
+
+def checked_json(profile: Profile) -> str:
+    """A profile as it is written to files: with its checksum."""
+    return json.dumps({"checksum": _checksum(profile), **profile.model_dump(mode="json")}, indent=1) + "\n"
 
 
 def canonical_json(profile: Profile) -> str:

@@ -13,10 +13,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tightfit.profiles.schema import Channel, FrozenRecord, Operator, Profile, Tensor
-from tightfit.runtime.common.files import cache_directory, write_whole
+from tightfit.runtime.common.cache import cache_place, keep, kept
 
 LEARNED_VERSION = 2
 KINDS = (
@@ -70,7 +70,6 @@ class Rehearsal(FrozenRecord):
 class LearnedFigures(FrozenRecord):
     """Corrections of a profile's figures."""
 
-    version: int = LEARNED_VERSION
     kinds: dict[str, float] = Field(
         {}, description="kind of operator (`kind_of`), unpacking and updates among them -> factor of its seconds"
     )
@@ -94,25 +93,19 @@ def figures_id(profile: Profile) -> str:
 
 
 def learned_path(identity: str) -> Path:
-    return cache_directory() / "learned" / f"{identity[:32]}.json"
+    return cache_place("learned", LEARNED_VERSION, identity)
 
 
 def load_learned(identity: str) -> LearnedFigures:
     """What is known about the figures of this identity (`figures_id`); nothing if no rehearsal was made, or if what is
     kept cannot be read.
     """
-    try:
-        learned = LearnedFigures.model_validate_json(learned_path(identity).read_bytes())
-    except (OSError, ValidationError):
-        return LearnedFigures()
-    return learned if learned.version == LEARNED_VERSION else LearnedFigures()
+    return kept(learned_path(identity), LearnedFigures.model_validate_json) or LearnedFigures()
 
 
 def save_learned(identity: str, learned: LearnedFigures) -> None:
     """Raises InputError or RunError where the cache cannot be written."""
-    path = learned_path(identity)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, learned.model_dump_json())
+    keep(learned_path(identity), learned.model_dump_json())
 
 
 def corrected(profile: Profile, learned: LearnedFigures) -> Profile:

@@ -15,8 +15,9 @@ from pathlib import Path
 from tightfit.profiles.sources.gguf_metadata import read_with_digest
 from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.vocabulary import TOKENIZER
+from tightfit.runtime.common.cache import cache_place, keep, kept
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.files import cache_directory, kept, open_regular, write_whole
+from tightfit.runtime.common.files import open_regular
 from tightfit.runtime.common.strict_json import from_json
 from tightfit.runtime.common.units import MIB
 
@@ -57,7 +58,7 @@ class KnownMemory:
         """Raises InputError for a file that cannot be read."""
         path = Path(file.path)
         digest, computed_bytes = _of_gguf(path) if file.kind == "gguf" else _of_json(path / TOKENIZER)
-        place = cache_directory() / "tokenizers" / f"{digest}-{version('tokenizers')}.json"
+        place = cache_place("tokenizers", digest, version("tokenizers"))
         measured_bytes = kept(place, _peak)
         return cls(
             bytes=computed_bytes if measured_bytes is None else measured_bytes,
@@ -68,7 +69,7 @@ class KnownMemory:
     def keep(self, peak_bytes: int) -> None:
         """Keep what a process has held, unless that is known."""
         if not self.measured:
-            write_whole(self.place, json.dumps({"peak_bytes": peak_bytes}))
+            keep(self.place, json.dumps({"peak_bytes": peak_bytes}))
 
 
 def _peak(content: bytes) -> int:

@@ -4,8 +4,6 @@ asked for again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,7 +16,7 @@ from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.profiles.sources.lookup import longest_sequence
 from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.cli.options import service
-from tightfit.runtime.common.files import cache_directory, kept, write_whole
+from tightfit.runtime.common.cache import cache_place, keep, kept
 from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
@@ -57,8 +55,8 @@ class Elsewhere:
             return None
         request = request.without_places()
         of_model = request.model_copy(update={"options": {}, "lora": None})
-        folders = cache_directory() / "bundles" / _key(of_model.model_dump_json())
-        folder = folders / _key(request.model_dump_json())
+        folders = cache_place("bundles", PROFILE_VERSION, of_model.model_dump_json()).with_suffix("")
+        folder = folders / cache_place("", request.model_dump_json()).stem
         kept_bundles = [
             file.parent for file in sorted(folders.glob(f"*/{BUNDLE}" if any_step else f"{folder.name}/{BUNDLE}"))
         ]
@@ -70,20 +68,16 @@ class Elsewhere:
 
     def choose(self, problems: Sequence[ChoiceProblem]) -> Sequence[Choice | None]:
         """What stays in memory between the tokens of answers (`tightfit.planner.generation.choice.Choose`)."""
-        text = json.dumps([problem.model_dump() for problem in problems])
-        place = cache_directory() / "generation" / f"choices-{_key(text)}.json"
+        asked = [problem.model_dump() for problem in problems]
+        place = cache_place("generation", "choices", PROFILE_VERSION, asked)
         known = None if self._force else kept(place, CHOICES.validate_json)
         if known is not None:
             return known
         self._report(f"having the answers planned by {self._url}")
         choices = self._asked(lambda client: client.choose(problems))
-        write_whole(place, CHOICES.dump_json(choices).decode())
+        keep(place, CHOICES.dump_json(choices))
         return choices
 
     def _asked(self, ask: Callable[[Client], Answer]) -> Answer:
         with service(self._url, self._certificate) as client:
             return ask(client)
-
-
-def _key(text: str) -> str:
-    return hashlib.sha256(f"{PROFILE_VERSION} {text}".encode()).hexdigest()[:32]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -62,19 +61,6 @@ def read_whole(path: str | os.PathLike[str], *, most: int = LARGEST_DOCUMENT) ->
     if max(size, len(content)) > most:
         raise OSError(errno.EFBIG, f"larger than the {most >> 20} MiB that such a file may have", os.fspath(path))
     return content
-
-
-def kept(path: Path, parse: Callable[[bytes], T]) -> T | None:
-    """What `parse` makes of a file of the cache; None where there is none, or one that it refuses with ValueError,
-    which is removed.
-    """
-    try:
-        return parse(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        path.unlink(missing_ok=True)
-        return None
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes, *, mode: int = 0o666) -> Path:

@@ -20,9 +20,10 @@ from tightfit.planner.generation.problem import Figures, Problem
 from tightfit.profiles.measuring.cpu_load import OtherPrograms, crowded, taken_now
 from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.cache import cache_place, keep, kept
 from tightfit.runtime.common.children import last_words, own_environment, start
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.common.files import cache_directory, write_whole
+from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE
 from tightfit.runtime.common.option_names import on_the_command_line
 from tightfit.runtime.common.processor import cpu_name, features
@@ -58,9 +59,8 @@ def measured(
     small = replace(problem, pairs={}, prompt_tokens=GROUP + TAIL, answer_tokens=TOKENS, new_tokens=None)
     form = hashlib.sha256(json.dumps(small.form.job(), sort_keys=True, default=asdict).encode()).hexdigest()
     told = [VERSION, fingerprint, form, problem.cache_dtype, sampled, threads, quota_cores(), called, *_machine()]
-    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-    place = cache_directory() / "generation" / f"{key}.json"
-    earlier = None if force else _earlier(place)
+    place = cache_place("generation", *told)
+    earlier = None if force else kept(place, _read)
     if earlier and (not crowded(earlier.busy_cores, threads) or crowded(taken_now(threads), threads)):
         return earlier
     others = OtherPrograms()
@@ -68,19 +68,15 @@ def measured(
     figures = Figures(**found, front_bytes=front_bytes, busy_cores=others.taken(threads))
     if earlier and earlier.busy_cores <= figures.busy_cores:
         return earlier
-    write_whole(place, json.dumps(asdict(figures)))
+    keep(place, json.dumps(asdict(figures)))
     return figures
 
 
-def _earlier(place: Path) -> Figures | None:
-    """Figures that were measured before; None where there are none."""
+def _read(content: bytes) -> Figures:
     try:
-        return Figures(**json.loads(place.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):
-        place.unlink(missing_ok=True)
-        return None
+        return Figures(**json.loads(content))
+    except TypeError as error:  # of another form
+        raise ValueError(error) from error
 
 
 def job_of(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.metadata import version
 
 from tightfit.profiles.models.answer_steps import Answers
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.steps.tracing_process import traced_answers
 from tightfit.profiles.weights.source import Source
-from tightfit.runtime.common.files import cache_directory, kept, write_whole
+from tightfit.runtime.common.cache import cache_place, keep, kept
 from tightfit.runtime.common.interpreter import PACKAGE
 
 CODE = (
@@ -28,10 +27,9 @@ def answers_of(source: Source) -> Answers:
         for name in CODE
         for path in ([PACKAGE / name] if (PACKAGE / name).is_file() else sorted((PACKAGE / name).rglob("*.py")))
     ]
-    parts = json.dumps([releases, source.config, code], sort_keys=True, default=str)
-    place = cache_directory() / "generation" / f"steps-{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
+    place = cache_place("generation", "steps", releases, source.config, code)
     answers = kept(place, Answers.model_validate_json)
     if answers is None:
         answers = traced_answers(source)
-        write_whole(place, answers.model_dump_json())
+        keep(place, answers.model_dump_json())
     return answers
