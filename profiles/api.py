@@ -28,7 +28,7 @@ from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import PROFILE_VERSION, Profile, TracedStep
 from tightfit.profiles.sources.bundle import Bundle, BundleRequest, PackedWeights
 from tightfit.profiles.sources.lookup import headers, is_traced, names_module, resolve, resolve_traced, vocabulary
-from tightfit.profiles.sources.packing import packed_store, packing_bytes
+from tightfit.profiles.sources.storing import stored_weights, storing_bytes
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.decoder_step import DecoderStep, tile_sizes
 from tightfit.profiles.steps.step import ProfiledStep
@@ -227,7 +227,7 @@ def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None)
     source = step.source
     if not source.has_weights:
         return None, traced_step(step, report)
-    if traced_here(step) or not have_place(packing_bytes(source) + what_it_takes(step)[0], memory):
+    if traced_here(step) or not have_place(storing_bytes(source) + what_it_takes(step)[0], memory):
         return _stored(source, report), traced_step(step, report)
     with ThreadPoolExecutor(1) as pool:
         packing = pool.submit(copy_context().run, _stored, source, report)
@@ -238,7 +238,7 @@ def _packed_and_traced(step: ProfiledStep, report: Progress, memory: int | None)
 def _stored(source: Source, report: Progress) -> Header:
     """The store of the source's weights, packed now unless it is there."""
     folder = cache_directory() / "stores"
-    return read_header(packed_store(source, folder, report))
+    return read_header(stored_weights(source, folder, report))
 
 
 def _threads(requested: int | None, elsewhere: DeviceDescription | None) -> int:

@@ -2,7 +2,7 @@
 
 This is offline dynamic storage allocation: an item is a tensor with its intervals of residency (a tensor that is
 resident across steps keeps one place for all of its intervals). Tensors resident all the time lie at the bottom;
-`tightfit.planner.schedule.arena_packing` places the others.
+`tightfit.planner.schedule.arena_placement` places the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
-from tightfit.planner.schedule.arena_packing import TensorLifetime, live_bytes, pack
+from tightfit.planner.schedule.arena_placement import TensorLifetime, live_bytes, pack
 from tightfit.planner.schedule.lowering import DraftInstruction, made_by
 from tightfit.planner.search_options import ALL, SearchOptions
 

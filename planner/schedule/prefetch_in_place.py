@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tightfit.planner.problem.step_graph import aligned
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import TensorLifetime
+from tightfit.planner.schedule.arena_placement import TensorLifetime
 from tightfit.planner.schedule.free_ranges import ENDLESS
 from tightfit.planner.schedule.lowering import Draft, DraftInstruction
 from tightfit.planner.schedule.prefetch import FreeBytes, Inputs, ScheduleFacts, facts_of, fast_orders, target_of

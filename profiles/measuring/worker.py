@@ -106,7 +106,7 @@ class ScratchStores:
         import torch
 
         from tightfit.profiles.weights.describe import packed_entry
-        from tightfit.profiles.weights.pack import StoreWriter
+        from tightfit.profiles.weights.store_file import StoreWriter
         from tightfit.runtime.engine.weights.store import Entry
 
         self.folder.mkdir(parents=True, exist_ok=True)

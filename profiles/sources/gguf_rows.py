@@ -11,7 +11,7 @@ from torch import Tensor
 from tightfit.profiles.models.family import GgufFacts
 from tightfit.profiles.sources.gguf_metadata import GgufEntry
 from tightfit.profiles.sources.stacked_experts import spans
-from tightfit.profiles.weights.pack import q4_blocks
+from tightfit.profiles.weights.store_file import q4_blocks
 from tightfit.profiles.weights.tensor_file import FileParts, contents
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import BLOCKS, Entry

@@ -22,7 +22,7 @@ from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.models.answer_steps import INSTEAD, Answers
 from tightfit.profiles.option_fields import keywords_of
 from tightfit.profiles.sources.lookup import end_tokens, longest_sequence, resolve_traced, tokenizer_file
-from tightfit.profiles.sources.packing import packed_store
+from tightfit.profiles.sources.storing import stored_weights
 from tightfit.profiles.sources.tokenizer_file import TokenizerFile
 from tightfit.profiles.sources.tokenizer_memory import KnownMemory
 from tightfit.profiles.weights.source import Source
@@ -237,7 +237,7 @@ def open_model(model: str, options: AnswerOptions) -> AnsweringModel:
     if tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer; put tokenizer.json beside its config.json")
     pack = (lambda _, done, total: stages("packing the weights", done, total)) if stages else None
-    store = packed_store(source, cache_directory() / "stores", pack)
+    store = stored_weights(source, cache_directory() / "stores", pack)
     header = read_header(store)
     body = source.config.get("adapter_body", BODY)
     folder = None if adapter is None else adapter_folder(Path(adapter).absolute())

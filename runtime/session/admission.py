@@ -156,11 +156,11 @@ def find_store(plan: Plan, stages: Progress | None) -> Path | None:
     """
     if plan.model.store is None:
         from tightfit.profiles.sources.lookup import resolve
-        from tightfit.profiles.sources.packing import packed_store
+        from tightfit.profiles.sources.storing import stored_weights
 
         model = plan.model
         source = resolve(model.source, base=model.base, embeddings=model.embeddings)
-        path = packed_store(
+        path = stored_weights(
             source,
             cache_directory() / "stores",
             lambda _, done, total: stages("packing random weights", done, total) if stages else None,

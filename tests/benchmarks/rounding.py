@@ -27,7 +27,7 @@ import tables
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract
 from tightfit.profiles.sources.lookup import resolve, vocabulary
-from tightfit.profiles.weights.pack import build_store, pack_q4, pack_q8, q4_blocks
+from tightfit.profiles.weights.store_file import build_store, pack_q4, pack_q8, q4_blocks
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.engine.weights.store import Entry, WeightStore, unpack
 

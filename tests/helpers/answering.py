@@ -19,7 +19,7 @@ from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.device.channels import TransferChannel
 from tightfit.runtime.engine.generation.cached_decoder import CachedDecoder

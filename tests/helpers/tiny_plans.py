@@ -75,7 +75,7 @@ def decoder_profile(
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.steps.decoder_trace import trace_decoder
-    from tightfit.profiles.weights.pack import build_store
+    from tightfit.profiles.weights.store_file import build_store
     from tightfit.runtime.engine.weights.store import WeightStore
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def module_profile(directory: Path, factory: str):
     from tightfit.profiles.sources.factory import build_module
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.tracing.trace import trace
-    from tightfit.profiles.weights.pack import build_store
+    from tightfit.profiles.weights.store_file import build_store
     from tightfit.runtime.engine.weights.store import WeightStore
 
     source = resolve(factory)

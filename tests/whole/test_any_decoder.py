@@ -50,7 +50,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.transformers_source import any_directory_source
 from tightfit.profiles.steps.decoder_trace import trace_any_decoder
 from tightfit.profiles.tracing.trace import Trace
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, adapter_key, initialise, trained_name
 from tightfit.runtime.session.launch import run

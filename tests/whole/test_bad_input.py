@@ -20,7 +20,7 @@ from tightfit.profiles.api import load_profile
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.schema import PROFILE_VERSION, Operand, Operator, Program, Value
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.profiles.worker_process import run_worker
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command

@@ -49,7 +49,7 @@ from tightfit.profiles.models.lora import LoraConfig, from_peft
 from tightfit.profiles.schema import Profile
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.steps.decoder_trace import trace_decoder
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, WEIGHTS, adapter_key, initialise, scaled_weight
 from tightfit.runtime.session.launch import run

@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
-from tightfit.planner.schedule import arena_packing
+from tightfit.planner.schedule import arena_placement
 from tightfit.planner.schedule.arena import DIRECT_BYTES, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import (
+from tightfit.planner.schedule.arena_placement import (
     TensorLifetime,
     _assign,
     _orders,
@@ -110,7 +110,7 @@ def test_the_solver_finds_places_where_orders_find_none(monkeypatch):
     for items, offsets in zip(steps, solved):
         assert max(offset + item.size for offset, item in zip(offsets, items)) == HEIGHT
         assert apart(items, offsets)
-    monkeypatch.setattr(arena_packing, "SOLVED", 0)
+    monkeypatch.setattr(arena_placement, "SOLVED", 0)
     assert found().count(None) >= 2
 
 
@@ -281,7 +281,7 @@ def test_what_time_ends_leaves_what_the_rules_found(monkeypatch):
     def late(*_):
         raise TimeoutError
 
-    monkeypatch.setattr(arena_packing, "by_groups", late)
+    monkeypatch.setattr(arena_placement, "by_groups", late)
     items, length = layers(8, 8), 8 * LENGTH
     height, offsets = pack(items, 0, length, HEIGHT, HEIGHT)
     assert height == by_rule(items, length) > HEIGHT
@@ -289,7 +289,7 @@ def test_what_time_ends_leaves_what_the_rules_found(monkeypatch):
 
 
 def test_a_search_by_groups_that_may_not_try_finds_nothing(monkeypatch):
-    monkeypatch.setattr(arena_packing, "WORK", (0, 0))
+    monkeypatch.setattr(arena_placement, "WORK", (0, 0))
     assert by_groups(layers(3, 8), 0, 8 * LENGTH, HEIGHT + HEIGHT // 25) is None
 
 

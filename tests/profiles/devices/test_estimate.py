@@ -316,7 +316,7 @@ def test_a_model_is_profiled_for_a_device_that_is_not_here(tmp_path, monkeypatch
         raise AssertionError("an estimate measures nothing and packs no weights")
 
     monkeypatch.setattr(api, "measure", nothing)
-    monkeypatch.setattr(api, "packed_store", nothing)
+    monkeypatch.setattr(api, "stored_weights", nothing)
     monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     made = profile(str(tmp_path / "config.json"), seq=16, batch=2, device="raspberry-pi-5")

@@ -19,7 +19,7 @@ from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, 
 from tightfit.profiles.models.transformers_config import settings_of
 from tightfit.profiles.models.transformers_decoder import DecoderFacts, facts
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 
 transformers = pytest.importorskip("transformers")

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source, without_names
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 
 LLAMA = CONFIGS["llama"] | {"num_hidden_layers": 2}

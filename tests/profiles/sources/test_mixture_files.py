@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.describe import describe
-from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 
 EXPERTS, WIDTH = 6, 32

@@ -41,8 +41,8 @@ from tightfit.profiles.sources.gguf_metadata import LONG, TYPES, TextList, read_
 from tightfit.profiles.sources.gguf_tokenizer import gguf_tokenizer, implied_merges
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.describe import describe
-from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.data.tokenization import Encoder

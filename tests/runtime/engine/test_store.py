@@ -27,7 +27,9 @@ from reference import CONFIGS, VARIANTS
 
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.weights.describe import decoder_tensors, describe, packed_entry
-from tightfit.profiles.weights.pack import (
+from tightfit.profiles.weights.precision import Precision
+from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.profiles.weights.store_file import (
     StoreWriter,
     build_store,
     finite_groups,
@@ -36,8 +38,6 @@ from tightfit.profiles.weights.pack import (
     pack_rows,
     q4_blocks,
 )
-from tightfit.profiles.weights.precision import Precision
-from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.engine.weights import native_judge
 from tightfit.runtime.engine.weights.layout import BLOCKS, MAGIC, PREAMBLE, VERSION
@@ -659,7 +659,7 @@ import json, resource, sys
 from pathlib import Path
 from typing import Any
 from tightfit.runtime.common.errors import TightfitError
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.profiles.sources.random_weights import random_source
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 try:
@@ -761,7 +761,7 @@ LEAN = """
 import sys
 sys.modules["numpy"] = None
 import torch, tightfit.runtime.engine.weights.store, tightfit.runtime.engine.training.records
-heavy = {"gguf", "safetensors", "tokenizers", "pydantic", "jinja2", "transformers", "tightfit.profiles.weights.describe", "tightfit.profiles.weights.pack"} & set(sys.modules)
+heavy = {"gguf", "safetensors", "tokenizers", "pydantic", "jinja2", "transformers", "tightfit.profiles.weights.describe", "tightfit.profiles.weights.store_file"} & set(sys.modules)
 assert not heavy, heavy
 store = tightfit.runtime.engine.weights.store.WeightStore.open(sys.argv[1])
 staging = torch.empty(store.packed_bytes("big.weight"), dtype=torch.uint8)

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 import tightfit
 from tightfit.profiles.sources.lookup import resolve, vocabulary
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.data.chat import ChatTemplate
 from tightfit.runtime.results.evaluation import temporary_folder

@@ -30,7 +30,7 @@ NUMPY_BYTES = 32 << 20
 """What NumPy and the gguf package add to it."""
 
 
-def packed_store(source: Source, directory: str | os.PathLike[str], progress: Progress | None = None) -> Path:
+def stored_weights(source: Source, directory: str | os.PathLike[str], progress: Progress | None = None) -> Path:
     """Path of the packed store of `source` in `directory`, written now unless an intact one is there already.
 
     Raises InputError for weights that do not fit the model's config, RunError if the disk is full or the worker fails;
@@ -42,7 +42,7 @@ def packed_store(source: Source, directory: str | os.PathLike[str], progress: Pr
     if holds(path, source.fingerprint):
         return path
     if "torch" in sys.modules:
-        from tightfit.profiles.weights.pack import build_store
+        from tightfit.profiles.weights.store_file import build_store
 
         build_store(source, directory, progress)
     else:
@@ -73,7 +73,7 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pr
             request,
             child_environment(cores) | {"TIGHTFIT_CACHE": os.fspath(cache_directory())},
             doing="packing",
-            predicted_bytes=packing_bytes(source),
+            predicted_bytes=storing_bytes(source),
             instead="make a bundle with the weights on a larger machine (`tightfit prepare --weights`)",
             on_message=heard,
         )
@@ -81,7 +81,7 @@ def _have_packed(source: Source, directory: str | os.PathLike[str], progress: Pr
         remove_orphans(store_path(directory, source.name, source.fingerprint))
 
 
-def packing_bytes(source: Source) -> int:
+def storing_bytes(source: Source) -> int:
     """Most bytes that the worker holds while it packs `source`, known before it starts."""
     block = max((_block_bytes(entry) for entry in source.entries.values()), default=0)
     return PROCESS_BYTES + (NUMPY_BYTES if source.needs_numpy else 0) + block
@@ -96,7 +96,7 @@ def _block_bytes(entry: Entry) -> int:
 
 def _pack(request: dict[str, Any], report: Progress) -> str:
     """The worker's part; returns the path of the store."""
-    from tightfit.profiles.weights.pack import build_store
+    from tightfit.profiles.weights.store_file import build_store
 
     decoder = None if request["decoder"] is None else DecoderFacts.model_validate(request["decoder"])
     source = resolve(request["source"], base=request["base"], embeddings=request["embeddings"], decoder=decoder)

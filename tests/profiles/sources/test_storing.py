@@ -19,10 +19,10 @@ from quantised_checkpoints import four_bit, write_quantised, zero_points
 from reference import CONFIGS
 from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
-from tightfit.profiles.sources import packing
+from tightfit.profiles.sources import storing
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.sources.packing import packed_store, packing_bytes
-from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.sources.storing import stored_weights, storing_bytes
+from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import python_path
 from tightfit.runtime.engine.weights.layout import store_path
@@ -79,10 +79,10 @@ MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, str]]] = {
 
 PACKED = """
 import json, os, resource, sys
-from tightfit.profiles.sources import packing
+from tightfit.profiles.sources import storing
 from tightfit.profiles.sources.lookup import resolve
 
-start = packing.run_worker
+start = storing.run_worker
 peaks = []
 
 def run_worker(*given, **named):
@@ -90,14 +90,14 @@ def run_worker(*given, **named):
     start(*given, **named)
     peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
 
-packing.run_worker = run_worker
+storing.run_worker = run_worker
 source = resolve(sys.argv[1], **json.loads(sys.argv[3]))
 opened = sorted({"torch", "transformers", "numpy", "gguf", "safetensors"} & sys.modules.keys())
 steps = []
-path = packing.packed_store(source, sys.argv[2], lambda *step: steps.append(step))
+path = storing.stored_weights(source, sys.argv[2], lambda *step: steps.append(step))
 print(json.dumps({
     "opened": opened, "packed": sorted({"torch", "numpy"} & sys.modules.keys()), "path": str(path), "steps": steps,
-    "peaks": peaks, "predicted": packing.packing_bytes(source),
+    "peaks": peaks, "predicted": storing.storing_bytes(source),
 }))
 """
 
@@ -140,9 +140,9 @@ def test_a_store_that_is_there_starts_no_worker(tmp_path: Path) -> None:
 
 
 def test_where_pytorch_is_loaded_no_worker_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "run_worker", lambda *given, **named: pytest.fail("a worker was started"))
+    monkeypatch.setattr(storing, "run_worker", lambda *given, **named: pytest.fail("a worker was started"))
     source = resolve(str(directory(tmp_path)))
-    assert packed_store(source, tmp_path / "stores").exists()
+    assert stored_weights(source, tmp_path / "stores").exists()
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_with_all_of_pytorch_the_bytes_are_the_same(tmp_path: Path) -> None:
 def by_worker(source: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pack as a process does that has not loaded PyTorch."""
     monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
-    return packed_store(source, folder)
+    return stored_weights(source, folder)
 
 
 @pytest.mark.slow
@@ -191,4 +191,4 @@ def test_packing_takes_what_was_predicted_whatever_the_model_s_size(precision: d
     assert sum(path.stat().st_size for path in model.iterdir()) > 60 << 20
     source = resolve(str(model), **precision)
     said = packed_elsewhere(model, tmp_path / "stores", precision)
-    assert packing_bytes(source) - (48 << 20) < said["peaks"][0] < packing_bytes(source) == said["predicted"]
+    assert storing_bytes(source) - (48 << 20) < said["peaks"][0] < storing_bytes(source) == said["predicted"]
