@@ -40,7 +40,7 @@ def floor():
     )
     assert done.returncode == 0, done.stderr
     figures, exchange = map(json.loads, done.stdout.splitlines())
-    assert 0 < exchange["exchange_bytes"] < 6 * MIB
+    assert 0 < exchange["exchange_bytes"] < 9 * MIB
     return figures
 
 
