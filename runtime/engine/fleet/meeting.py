@@ -37,7 +37,7 @@ LOOK_SECONDS = 0.1
 ANSWER_SECONDS = 5.0
 """for an answer of a member that is connected; it looks ten times a second"""
 TRIES = 3
-"""connections in a row that are ended before keys are exchanged, after which the other end is none of the fleet"""
+"""connections in a row that end before keys are exchanged, after which the other end is none of the fleet"""
 PROOF_SECONDS = 10.0
 """that somebody who has dialled has to prove who it is"""
 BACKLOG = 64
@@ -68,6 +68,10 @@ class Link:
     """whether keys have been exchanged"""
     failures: int = 0
     """connections in a row that ended before it was `connected`"""
+    refused: bool = False
+    """whether the other has ended one when it saw the key"""
+    descriptor: int | None = None
+    """of the connection on which the other has said who it is: strangers that dial here have others"""
     since: float = 0.0
     """when it was connected"""
     words: dict[str, Any] | None = None
@@ -146,9 +150,8 @@ class Meeting:
     def _gather(self, address: str, port: int) -> None:
         others = [rank for rank in range(len(self.members)) if rank != self.rank]
         whose = f"member {self.members[self.rank]!r}, this one,"
-        family, _ = _resolved(address, whose)
         for place, rank in enumerate(others):
-            self._listen(rank, family, listening(address, port + place, whose))
+            self._listen(rank, listening(address, port + place, whose))
         told: list[int] = []
         while absent := [rank for rank in others if not self.links[rank].whole]:
             if absent != told:
@@ -156,7 +159,10 @@ class Meeting:
                 self._tell({"absent": absent})
             names = self._names(absent)
             self._look(f"has waited at {address}:{port} for {names}, who did not come", names)
-        self._tell({"places": {rank: link.words for rank, link in self.links.items()}})
+        for own, rank in enumerate(others):  # those before it, each with the port at which it is awaited
+            before = {other: self.links[other].words or {} for other in others[:own]}
+            places = {other: [words["address"], words["ports"][str(rank)]] for other, words in before.items()}
+            send_words(self.links[rank].socket, {"places": places})
 
     def _tell(self, words: dict[str, Any]) -> None:
         for link in self.links.values():
@@ -168,30 +174,29 @@ class Meeting:
     def _come(self, address: str, port: int) -> None:
         hub, own = self.hub, self.rank
         others = [rank for rank in range(len(self.members)) if rank != hub]
-        family, host = _resolved(address, f"member {self.members[hub]!r}")
+        host = _resolved(address, f"member {self.members[hub]!r}")
         port += others.index(own)
-        mine = _own_address(family, host, port)
+        unreached = f"did not reach {self.members[hub]!r} at {address}:{port}", self._names([hub])
+        while (mine := _own_address(host, port)) is None:
+            self._look(*unreached)
         for rank in others[others.index(own) + 1 :]:
-            self._listen(rank, family, listening(mine, 0))
-        self._dial(hub, family, host, port)
+            self._listen(rank, listening(mine, 0))
+        self._dial(hub, host, port)
         while not self.links[hub].whole or "places" not in self._news:
-            link, names = self.links[hub], self._names(self._news.get("absent", [hub]))
-            if link.whole:
-                self._look(f"has waited with {self.members[hub]!r} for {names}, who did not come", names)
-            else:
-                self._look(f"did not reach {self.members[hub]!r} at {address}:{port}", self._names([hub]))
-        for rank in others[: others.index(own)]:
-            words = self._news["places"][str(rank)]
-            self._dial(rank, family, words["address"], words["ports"][str(own)])
+            names = self._names(self._news.get("absent", [hub]))
+            waited = f"has waited with {self.members[hub]!r} for {names}, who did not come", names
+            self._look(*(waited if self.links[hub].whole else unreached))
+        for rank, place in self._news["places"].items():
+            self._dial(int(rank), *place)
         while absent := [rank for rank in others if rank != own and not self.links[rank].whole]:
             self._look(f"did not reach {self._names(absent)}", self._names(absent))
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def _socket(self, rank: int, family: int, *, dials: bool) -> Link:
+    def _socket(self, rank: int, host: str, port: int, *, dials: bool) -> Link:
         made = self.context.socket(zmq.PAIR)
         made.setsockopt(zmq.LINGER, 0)
-        made.setsockopt(zmq.IPV6, int(family == socket.AF_INET6))
+        made.setsockopt(zmq.IPV6, int(":" in host))
         made.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * PROOF_SECONDS))
         made.setsockopt(zmq.MAXMSGSIZE, CHUNK + SEAL_BYTES)
         # Who takes part bounds what is on its way by itself (`tightfit.runtime.engine.fleet.transport`).
@@ -204,23 +209,22 @@ class Meeting:
         else:
             made.setsockopt(zmq.CURVE_SERVER, 1)
             made.setsockopt(zmq.ZAP_DOMAIN, str(rank).encode())
-        link = self.links[rank] = Link(made, made.get_monitor_socket(), dials, "")
+        endpoint = f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
+        link = self.links[rank] = Link(made, made.get_monitor_socket(), dials, endpoint)
         for one in (link.socket, link.monitor):
             self._poller.register(one, zmq.POLLIN)
         return link
 
-    def _listen(self, rank: int, family: int, listener: socket.socket) -> None:
+    def _listen(self, rank: int, listener: socket.socket) -> None:
         """Listen for a member from now on."""
         self._listeners.append(listener)
         host, port = listener.getsockname()[:2]
-        link = self._socket(rank, family, dials=False)
-        link.endpoint = f"tcp://{_bracketed(host)}:{port}"
+        link = self._socket(rank, host, port, dials=False)
         link.socket.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))
         link.socket.bind(link.endpoint)
 
-    def _dial(self, rank: int, family: int, host: str, port: int) -> None:
-        link = self._socket(rank, family, dials=True)
-        link.endpoint = f"tcp://{_bracketed(host)}:{port}"
+    def _dial(self, rank: int, host: str, port: int) -> None:
+        link = self._socket(rank, host, port, dials=True)
         link.socket.connect(link.endpoint)
 
     def _look(self, what: str, absent: str) -> None:
@@ -243,8 +247,8 @@ class Meeting:
             self._open_or_not()
         for rank, link in self.links.items():
             # What a member says that has met all is for later; its last words come before it is seen that it has gone.
-            while not self._met(rank, link) and (heard := receive_words(link.socket)) is not None:
-                self._hear(rank, link, *heard)
+            while not self._met(rank, link) and (frame := received(link.socket)) is not None:
+                self._hear(rank, link, frame)
             if self._met(rank, link) and link.socket in self._poller:
                 self._poller.unregister(link.socket)
             if link.monitor in ready:
@@ -276,25 +280,25 @@ class Meeting:
 
     def _watch(self, rank: int, link: Link) -> None:
         """See what a connection has come to. Raises RunError where it never will be one."""
-        event = EVENT.unpack(link.monitor.recv_multipart()[0])[0]
+        event, value = EVENT.unpack(link.monitor.recv_multipart()[0])
         name, mine, here = repr(self.members[rank]), repr(self.members[self.rank]), link.endpoint[6:]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not link.connected:
             link.connected, link.since, link.failures = True, time.monotonic(), 0
             if link.dials:
-                send_words(link.socket, self._words(rank))
+                send_words(link.socket, self._words())
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and not link.dials:
             self._refused(f"somebody that dialled {here}, where member {name} is awaited, was not let in")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and link.dials:
             raise RunError(self._another_key(name, here))
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and link.dials:
-            link.failures += 1  # it has closed the connection when it saw the key
-            if link.failures > TRIES:
-                raise RunError(self._another_key(name, here))
-        elif event == zmq.EVENT_DISCONNECTED and link.connected:
+            link.refused = True
+        elif event == zmq.EVENT_DISCONNECTED and (value == link.descriptor or (link.dials and link.connected)):
             self._ended(rank, link)
         elif event == zmq.EVENT_DISCONNECTED and link.dials:
             link.failures += 1
-            if link.failures > 2 * TRIES:
+            if link.failures > TRIES and link.refused:
+                raise RunError(self._another_key(name, here))
+            if link.failures > TRIES:
                 raise RunError(
                     f"{here} is not where member {name} listens, but something else; give the address of {name}, and"
                     f" let {mine} reach it"
@@ -313,39 +317,33 @@ class Meeting:
             raise RunError(f"member {name} has ended {before}; start all again")
         if link.whole:
             self.say(f"member {name} has gone again")
-        link.connected, link.words, link.whole = False, None, False
+        link.connected, link.descriptor, link.words, link.whole = False, None, None, False
         self._poller.register(link.socket, zmq.POLLIN)
 
-    def _words(self, rank: int) -> dict[str, Any]:
+    def _words(self) -> dict[str, Any]:
         """What this member says of itself to another: its plan, and where it listens for whom."""
         ports = {other: int(link.endpoint.rpartition(":")[2]) for other, link in self.links.items() if not link.dials}
         return {"plan": self.plan, "ports": ports}
 
-    def _hear(self, rank: int, link: Link, words: dict[str, Any], address: str) -> None:
+    def _hear(self, rank: int, link: Link, frame: Any) -> None:
+        """Take what a member says: first of itself, then, if it is the hub, of the others."""
+        words: dict[str, Any] = json.loads(frame.bytes)
         if link.words is not None:
             self._news = words
             if "error" in words:
                 raise RunError(str(words["error"]))
-        elif link.words is None:
-            name = repr(self.members[rank])
-            link.words = {**words, "address": address}
-            why = (
-                ""
-                if words.get("plan") == self.plan
-                else "it runs another plan of the fleet; copy the plan's folder again"
-            )
-            if not link.dials:
-                send_words(link.socket, {**self._words(rank), "error": why})
-                link.whole = not why
-                link.words = link.words if link.whole else None
-                if why:
-                    self.say(f"member {name} was not let in: {why}")
-            elif why := str(words.get("error") or why):
-                raise RunError(
-                    f"member {name} at {link.endpoint[6:]} does not let {self.members[self.rank]!r} in: {why}"
-                )
-            else:
-                link.whole = True
+            return
+        name, other = repr(self.members[rank]), "it runs another plan of the fleet; copy the plan's folder again"
+        why = words.get("error") or ("" if words.get("plan") == self.plan else other)
+        link.descriptor = frame.get(zmq.SRCFD)
+        if not link.dials:
+            send_words(link.socket, {**self._words(), "error": why})
+        if why and link.dials:
+            raise RunError(f"member {name} at {link.endpoint[6:]} does not let {self.members[self.rank]!r} in: {why}")
+        if why:
+            self.say(f"member {name} was not let in: {why}")
+        else:
+            link.words, link.whole = {**words, "address": frame.get("Peer-Address")}, True
 
     def _names(self, ranks: Sequence[int]) -> str:
         return ", ".join(repr(self.members[rank]) for rank in ranks)
@@ -353,9 +351,9 @@ class Meeting:
 
 def listening(address: str, port: int, whose: str = "this member") -> socket.socket:
     """A socket that listens at an address of this machine. Raises InputError where it is none, or is taken."""
-    family, host = _resolved(address, whose)
+    host = _resolved(address, whose)
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
     except OSError as error:
         if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
             raise InputError(
@@ -385,31 +383,31 @@ def send_words(link: Any, words: dict[str, Any]) -> None:
         link.send(data, zmq.NOBLOCK)
 
 
-def receive_words(link: Any) -> tuple[dict[str, Any], str] | None:
-    """The next words on a link, and the address that they come from; None where there are none."""
+def received(link: Any) -> Any:
+    """The next frame that has come on a link; None where there is none."""
     try:
-        frame = link.recv(zmq.NOBLOCK, copy=False)
+        return link.recv(zmq.NOBLOCK, copy=False)
     except zmq.Again:
         return None
-    words = json.loads(frame.bytes)
-    return words, str(frame.get("Peer-Address"))
 
 
-def _resolved(address: str, whose: str) -> tuple[int, str]:
-    """Family and number of an address. Raises InputError where it is none."""
+def _resolved(address: str, whose: str) -> str:
+    """An address in numbers. Raises InputError where it is none."""
     try:
-        family, *_, place = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+        return str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
     except (socket.gaierror, UnicodeError) as error:
         raise InputError(f"{address}: no such host ({error}); give an address of {whose}") from error
-    return family, str(place[0])
 
 
-def _own_address(family: int, host: str, port: int) -> str:
-    """The address of this machine from which another one is reached."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _own_address(host: str, port: int) -> str | None:
+    """The address of this machine from which another one is reached; None while there is no way to it."""
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))  # sends nothing
+        except OSError:
+            return None
         return str(probe.getsockname()[0])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

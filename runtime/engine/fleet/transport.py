@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -46,7 +45,6 @@ LAST_SECONDS = 2.0
 """for what is on its way when this member ends because another has, or something went wrong"""
 FRAME = struct.Struct("<IQQ")
 """before each chunk: its message's tag and bytes, and where in it the chunk begins"""
-DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
 MESSAGE, HEADER = 0, 1
 """tags of messages"""
 NOT_YET = 60.0
@@ -82,6 +80,8 @@ class _Peer:
 
     def __init__(self, name: str, link: Link) -> None:
         self.name, self.link, self.monitor = name, link.socket, link.monitor
+        self.end_of_connection = int(zmq.EVENT_DISCONNECTED), link.descriptor
+        """what the monitor says then; that of a stranger, who has dialled the same port, has another descriptor"""
         self.heard = time.monotonic()
         """when the latest word or chunk came"""
         self.moved = self.heard
@@ -149,7 +149,7 @@ class _Peer:
                 self.coming.popleft().done.set()
         if taken and not self.ended:
             send_words(self.link, {"taken": taken})
-        if self.ended and not self.early:
+        if self.error or (self.ended and not self.early):
             self.fail(ConnectionResetError("it closed the connection"))
 
     def fail(self, error: OSError | RunError) -> None:
@@ -201,9 +201,9 @@ class Transport:
         """what is to be said to all others"""
         self._linger: float | None = None
         """seconds for what is on its way, once this member hangs up"""
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._meeting = Meeting(members, rank, listens, keys, timeout=timeout, plan=plan, stopping=stopping, say=say)
         links = self._meeting.meet(address, port)
+        self._wake: int | None = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._peers = {other: _Peer(members[other], links[other]) for other in sorted(links)}
         self._living = threading.Thread(target=self._live, name="tightfit-fleet", daemon=True)
         self._living.start()
@@ -253,8 +253,9 @@ class Transport:
 
     def _stir(self) -> None:
         """Have the thread look what there is to do."""
-        with suppress(OSError):  # it has ended
-            os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if self._wake is not None:  # else it has ended, and the descriptor may be another file's
+                os.eventfd_write(self._wake, 1)
 
     # --- waiting, and who is at fault -------------------------------------------------------------------------------
 
@@ -374,9 +375,10 @@ class Transport:
 
     def _live(self) -> None:
         """Send and receive, give signs of life and hear those of the others, until this member hangs up."""
-        poller, beat = zmq.Poller(), 0.0
+        poller, beat, wake = zmq.Poller(), 0.0, self._wake
         end: float | None = None
-        poller.register(self._wake, zmq.POLLIN)
+        assert wake is not None
+        poller.register(wake, zmq.POLLIN)
         for peer in self._peers.values():
             for one in (peer.link, peer.monitor):
                 poller.register(one, zmq.POLLIN)
@@ -400,18 +402,19 @@ class Transport:
                 peer.take()
             until = beat if end is None else min(beat, end)
             ready = dict(poller.poll(max(0, int(1000 * (until - time.monotonic())) + 1)))
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
+            if wake in ready:
+                os.eventfd_read(wake)
             for peer in self._peers.values():
                 self._hear(peer)
-                if peer.monitor in ready and EVENT.unpack(peer.monitor.recv_multipart()[0])[0] == DISCONNECTED:
+                if peer.monitor in ready and EVENT.unpack(peer.monitor.recv_multipart()[0]) == peer.end_of_connection:
                     self._hear(peer)  # what it said last
                     peer.quiet, peer.ended = time.monotonic() - peer.heard, True
         with self._lock:
             for peer in self._peers.values():
                 peer.fail(ConnectionResetError("this member has hung up"))
+            self._wake = None
+        os.close(wake)
         self._meeting.close(0)
-        os.close(self._wake)
 
     def _hear(self, peer: _Peer) -> None:
         """Take all that has come from a member."""

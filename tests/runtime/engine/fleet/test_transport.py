@@ -24,7 +24,7 @@ from tightfit.runtime.engine.fleet.transport import Transport
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.session.fleet import free_port
 
-NAMES = [*"abcd", "first", "second", "third"]
+NAMES = [*"abcdefgh", "first", "second", "third"]
 PAIRS, OTHER_PAIRS = new_pairs(NAMES), new_pairs(NAMES)
 """the keys of a fleet, and of another one"""
 MEET = """
@@ -450,6 +450,54 @@ def test_a_stranger_takes_no_memory_and_keeps_nobody_out(does):
             each.join()
     assert found["told"] == "hello"
     assert found["peak"] < 14 << 20
+
+
+def test_a_stranger_that_goes_is_not_taken_for_a_member():
+    """It dials where a member has come already, and goes while the others come, and once all have met."""
+    port, strangers = free_port(count=2), []
+
+    def dial(_):
+        time.sleep(0.5)  # the second member has come
+        for _ in range(4):
+            strangers.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+        for one in strangers[:2]:
+            one.close()
+
+    def come(rank):
+        time.sleep(1.5 * (rank == 2))
+        return Transport(list("abc"), rank, "127.0.0.1", port, keys=keys_of("abc", rank), timeout=9.0)
+
+    members = in_threads({0: come, 1: come, 2: come, 3: dial})
+    for one in strangers[2:]:
+        one.close()
+    time.sleep(0.5)
+    members[1].send_json("hello", 0)
+    assert members[0].receive_json(1) == "hello"
+    assert not any(peer.ended for rank in range(3) for peer in members[rank]._peers.values())
+    for rank in range(3):
+        members[rank].close()
+
+
+def test_what_is_sent_out_of_step_fails_all_that_follows():
+    members = met("ab")
+    members[0].send(torch.ones(3), 1).wait()
+    for _ in range(2):
+        with pytest.raises(RunError, match="the members are out of step"):
+            members[1].receive_json(0)
+    for member in members.values():
+        member.hang_up()
+    with pytest.raises(RunError):  # and does nothing to what the system has given its descriptor to
+        members[1].receive_json(0)
+
+
+def test_what_the_hub_says_of_the_others_grows_with_a_place_for_each(monkeypatch):
+    """So that it fits a message for a hundred members too, whatever each says of itself."""
+    monkeypatch.setattr(meetings, "FRAME_BYTES", 400)
+    members = met("abcdefgh")
+    members[7].send_json("hello", 1)
+    assert members[1].receive_json(7) == "hello"
+    for member in members.values():
+        member.hang_up()
 
 
 def test_once_all_have_met_nobody_listens():
