@@ -6,12 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from sysconfig import get_path
 
-from tightfit.runtime.engine.start.page_cache import forget_large_folios
+from tightfit.runtime.engine.start.page_cache import forget_libraries
 
 # Libraries that were just installed are mapped megabytes at a time, and then stay so for the processes that tests start.
-for library in Path(get_path("platlib")).glob("*/**/*.so*"):
-    if library.stat().st_size > 1 << 20 and "nvidia" not in library.parts:
-        forget_large_folios(library)
+for package in Path(get_path("platlib")).iterdir():
+    if package.is_dir() and package.name != "nvidia":
+        forget_libraries(package)
 
 import contextlib
 import fcntl

@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,11 @@ class LoraConfig:
             return self._chosen(layers, model, others)
 
     def _matching(self) -> AbstractContextManager[None]:
+        """Bounds the time of what is done inside, if it matches patterns."""
         patterns = [*([self.targets] if self.is_pattern else ()), *self.rank_pattern, *self.alpha_pattern]
         patterns += self.layers_pattern
+        if not patterns:
+            return nullcontext()
         message = (
             f"matching {' and '.join(map(repr, patterns))} with names of layers takes more than {MATCHING_SECONDS:g} s:"
             " write the pattern without repeats of repeats"

@@ -16,7 +16,8 @@ from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.profiles.sources.lookup import longest_sequence
 from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.cli.options import service
-from tightfit.runtime.common.cache import cache_place, keep, kept
+from tightfit.runtime.common.cache import cache_key, cache_place, keep, kept
+from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.results.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Elsewhere:
             return None
         request = request.without_places()
         of_model = request.model_copy(update={"options": {}, "lora": None})
-        folders = cache_place("bundles", PROFILE_VERSION, of_model.model_dump_json()).with_suffix("")
-        folder = folders / cache_place("", request.model_dump_json()).stem
+        folders = cache_directory() / "bundles" / cache_key(PROFILE_VERSION, of_model.model_dump_json())
+        folder = folders / cache_key(request.model_dump_json())
         kept_bundles = [
             file.parent for file in sorted(folders.glob(f"*/{BUNDLE}" if any_step else f"{folder.name}/{BUNDLE}"))
         ]

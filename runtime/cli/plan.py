@@ -32,7 +32,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import format_size, parse_size
-from tightfit.runtime.engine.start.page_cache import forget_large_folios
+from tightfit.runtime.engine.start.page_cache import forget_libraries
 from tightfit.runtime.session.options import RehearsalOptions
 from tightfit.runtime.supervision.printing import answer
 
@@ -220,7 +220,9 @@ def step_to_plan(profile: Profile, options: PlanOptions, server: str | None) -> 
 
 
 def check_planning(profile: Profile, budget: int, options: PlanOptions) -> None:
-    """Raise InputError, before a solver is loaded, where planning a model has no place in the memory that is free."""
+    """Raise InputError, before a solver is loaded, where planning a model has no place in the memory that is free; then
+    see to it that loading one takes no more than was said.
+    """
     if profile.model.is_bare_graph:
         return
     from tightfit.planner.solve.planning_memory import planning_bytes
@@ -232,8 +234,7 @@ def check_planning(profile: Profile, budget: int, options: PlanOptions) -> None:
     )
     solvers = find_spec("ortools")
     for folder in solvers.submodule_search_locations or () if solvers else ():
-        for library in Path(folder).rglob("*.so*"):
-            forget_large_folios(library)
+        forget_libraries(Path(folder))
 
 
 def _run_next(plan: Plan, path: Path) -> str:

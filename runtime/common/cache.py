@@ -23,9 +23,14 @@ LETTERS = 32
 
 
 def cache_place(folder: str, *parts: Any) -> Path:
-    """Where that is kept which depends on `parts`, of which JSON can be made."""
+    """Where that is kept which depends on `parts`, of which JSON is made."""
+    return cache_directory() / folder / f"{cache_key(*parts)}.json"
+
+
+def cache_key(*parts: Any) -> str:
+    """A name made of `parts`."""
     text = json.dumps(parts, sort_keys=True, default=str)
-    return cache_directory() / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:LETTERS]}.json"
+    return hashlib.sha256(text.encode()).hexdigest()[:LETTERS]
 
 
 def kept(place: Path, parse: Callable[[bytes], T]) -> T | None:

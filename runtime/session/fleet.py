@@ -132,7 +132,7 @@ def address_of(option: str, text: str, port: int = PORT) -> tuple[str, int]:
     return host, int(number)
 
 
-def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
+def free_port(count: int = 1) -> int:
     """The first of so many neighbouring ports of this machine at which nobody listens."""
     while True:
         with ExitStack() as probes:
@@ -140,7 +140,7 @@ def free_port(host: str = "127.0.0.1", count: int = 1) -> int:
             try:
                 for place in range(count):
                     probe = probes.enter_context(socket.socket())
-                    probe.bind((host, first + place if first else 0))
+                    probe.bind(("127.0.0.1", first + place if first else 0))
                     first = first or int(probe.getsockname()[1])
             except (OSError, OverflowError):
                 continue

@@ -126,8 +126,9 @@ def _carry_out(order: JobOrder, events: EventWriter) -> None:
     if order.memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
     if order.cpu_seconds is not None:
-        most = math.ceil(time.process_time()) + order.cpu_seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
+        most, highest = math.ceil(time.process_time()) + order.cpu_seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]
+        if highest == resource.RLIM_INFINITY or most < highest:  # the shell's limit may be lower: it ends the job then
+            resource.setrlimit(resource.RLIMIT_CPU, (most, highest))
     try:
         result = work(order, events)
     except MemoryError:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tightfit.runtime.engine.device.resident import memory
 
+SMALL = 1 << 20
+"""bytes of a library up to which it is left alone"""
 TOUCHED = 16
 """pages of a library that are touched to see how much is mapped with each"""
 MOST_AROUND = 256 << 10
@@ -38,6 +40,13 @@ def forget_large_folios(library: Path) -> bool:
     except (OSError, ValueError):  # an empty file cannot be mapped
         return False
     return True
+
+
+def forget_libraries(folder: Path) -> None:
+    """`forget_large_folios` for all libraries in a folder of packages that are large enough to matter."""
+    for library in folder.rglob("*.so*"):
+        if library.stat().st_size > SMALL:
+            forget_large_folios(library)
 
 
 def mapped_around(descriptor: int) -> int:
