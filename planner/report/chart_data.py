@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, TimelineSlice, feasible, in_use, kinds_of
+from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, feasible, in_use, kinds_of, timeline_slices
 from tightfit.planner.schema import Plan
 
 SLICES = 260
@@ -77,19 +77,21 @@ def curve_of(plans: Sequence[Plan], policies: Sequence[str]) -> list[dict[str, A
     return curves
 
 
-def series_of(plan: Plan, slices: Sequence[TimelineSlice]) -> dict[str, Any]:
-    """What the timeline of a feasible plan draws: bytes of each kind in its `slices`, and which slice has the most in
-    use.
+def series_of(plan: Plan, slices: int = SLICES) -> dict[str, Any]:
+    """What the timeline of a feasible plan draws: bytes of each kind in at most so many `slices` of the step, and which
+    of these has the most in use.
     """
     assert plan.train is not None
-    kinds = kinds_of((slice_.point for slice_ in slices), plan.device.kind)
-    used_bytes = [in_use(slice_.point) for slice_ in slices]
+    drawn = timeline_slices(plan.timeline, slices)
+    kinds = kinds_of((slice_.point for slice_ in drawn), plan.device.kind)
+    used_bytes = [in_use(slice_.point) for slice_ in drawn]
     return {
-        "seconds": plan.train.seconds or slices[-1].end,
-        "starts": [slice_.start for slice_ in slices],
-        "ends": [slice_.end for slice_ in slices],
-        "total": [slice_.point.bytes for slice_ in slices],
+        "seconds": plan.train.seconds or drawn[-1].end,
+        "starts": [slice_.start for slice_ in drawn],
+        "ends": [slice_.end for slice_ in drawn],
+        "total": [slice_.point.bytes for slice_ in drawn],
+        "used": used_bytes,
         "peak": used_bytes.index(max(used_bytes)),
         "kinds": [{"name": kind.name, "label": kind.label} for kind in kinds],
-        "sizes": [[slice_.point.by_kind.get(kind.name, 0) for slice_ in slices] for kind in kinds],
+        "sizes": [[slice_.point.by_kind.get(kind.name, 0) for slice_ in drawn] for kind in kinds],
     }

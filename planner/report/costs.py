@@ -46,6 +46,16 @@ class Cost:
         """Seconds of the cores for recomputing or unpacking it."""
         return self.recompute_seconds + self.unpack_seconds
 
+    @property
+    def transfer_seconds(self) -> float:
+        """Seconds of the channels."""
+        return self.read_seconds + self.write_seconds
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written."""
+        return self.read_bytes + self.write_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedOperator:

@@ -16,35 +16,34 @@ LEAST_SECONDS = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanChange:
-    """One tensor that the two plans treat differently, or at another cost."""
+class Change:
+    """What the two plans do differently, or at another cost, and what that costs per step: `after` minus `before`."""
 
-    name: str
     kind: str
     bytes: int
     before: str | None
     after: str | None
     """the decisions of the two plans; None where there was nothing to decide"""
     compute_seconds: float
-    """seconds of the cores per step for recomputing or unpacking it, `after` minus `before`"""
+    """seconds of the cores for recomputing or unpacking"""
     transfer_seconds: float
-    """seconds of the channels per step, `after` minus `before`"""
+    """seconds of the channels"""
     moved_bytes: int
-    """bytes read and written per step, `after` minus `before`"""
+    """bytes read and written"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangeGroup:
+class PlanChange(Change):
+    """One tensor's."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeGroup(Change):
     """All changes with the same kind of tensor and the same two decisions."""
 
-    kind: str
-    before: str | None
-    after: str | None
     tensors: int
-    bytes: int
-    compute_seconds: float
-    transfer_seconds: float
-    moved_bytes: int
 
 
 def diff(before: Plan, after: Plan) -> list[PlanChange]:
@@ -63,7 +62,7 @@ def diff(before: Plan, after: Plan) -> list[PlanChange]:
     for name, no_cost in unspent.items():
         old_cost, new_cost = old.get(name, no_cost), new.get(name, no_cost)
         compute = new_cost.compute_seconds - old_cost.compute_seconds
-        transfer = transfer_seconds(new_cost) - transfer_seconds(old_cost)
+        transfer = new_cost.transfer_seconds - old_cost.transfer_seconds
         if old_cost.decision == new_cost.decision and max(abs(compute), abs(transfer)) < LEAST_SECONDS:
             continue
         changes.append(
@@ -75,14 +74,10 @@ def diff(before: Plan, after: Plan) -> list[PlanChange]:
                 after=new_cost.decision,
                 compute_seconds=compute,
                 transfer_seconds=transfer,
-                moved_bytes=new_cost.read_bytes + new_cost.write_bytes - old_cost.read_bytes - old_cost.write_bytes,
+                moved_bytes=new_cost.moved_bytes - old_cost.moved_bytes,
             )
         )
     return sorted(changes, key=lambda change: (-change.bytes, change.name))
-
-
-def transfer_seconds(cost: Cost) -> float:
-    return cost.read_seconds + cost.write_seconds
 
 
 def grouped(changes: Iterable[PlanChange]) -> list[ChangeGroup]:

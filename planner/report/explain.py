@@ -1,22 +1,25 @@
-"""Explains a plan in sentences: what is kept, recomputed, streamed and offloaded, what sets the peak, how near the
-optimum it is.
+"""Explains a plan in sentences: how long its step takes and what is proven of it, what becomes of its tensors, what
+little memory costs, what sets the peak and what more memory is worth.
+
+The terminal and pages show these sentences; a page shows those of `gist` first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tightfit.planner.problem.device_forward import message_bytes, sent_tensors
-from tightfit.planner.report.costs import Cost, CostLedger
 from tightfit.planner.report.explanation import (
     Clipping,
+    DecidedTensors,
     Explanation,
     MarginalValue,
     OperatorUse,
     PeakAccount,
     Recomputation,
     Shortfall,
+    Sort,
     account,
     has_phases,
 )
@@ -31,7 +34,7 @@ from tightfit.runtime.common.units import format_seconds, format_size, printable
 LEAST_KIND_SHARE, MOST_KINDS = 0.01, 6
 """kinds of operators that are told: of so much of the step, and so many"""
 LEAST_SHARE = 5e-4
-"""differences below this share of the step's seconds are not mentioned"""
+"""what costs, or differs by, less than this share of the step's seconds is not mentioned"""
 
 
 def explain(plan: Plan, explanation: Explanation | None = None, *, commands: bool = True) -> list[str]:
@@ -40,8 +43,35 @@ def explain(plan: Plan, explanation: Explanation | None = None, *, commands: boo
 
     Names of tensors and operators come from the user: control characters in them are escaped for the terminal.
     """
-    figures = account(plan) if explanation is None else explanation
-    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, figures, commands))]
+    record = account(plan) if explanation is None else explanation
+    return gist(plan, record, commands=commands) + details(plan, record, commands=commands)
+
+
+def gist(plan: Plan, explanation: Explanation, *, commands: bool = False) -> list[str]:
+    """The sentences of `explain` for somebody who reads of the plan for the first time: what its step takes, what is
+    proven, what becomes of its tensors, and what little memory costs. Of a plan that does not fit: all there is to say.
+    """
+    if plan.train is None:
+        sentences = _infeasible(plan, explanation.shortfall)
+    else:
+        sentences = [*_verdict(plan, commands), *_decisions(plan, explanation), _price(plan, explanation)]
+    return [printable(sentence) for sentence in (*caution(plan.device), *sentences)]
+
+
+def details(plan: Plan, explanation: Explanation, *, commands: bool = False) -> list[str]:
+    """The other sentences of `explain`; none of a plan that does not fit."""
+    if plan.train is None:
+        return []
+    sentences = [
+        *_references(plan),
+        *_clipping(plan, explanation.clipping),
+        *_peak(plan, explanation.peak),
+        *_recomputation(plan, explanation.recomputation),
+        *_busy(plan, explanation),
+        *_operators(explanation.operators),
+        *_worth(plan, explanation.neighbours, commands),
+    ]
+    return [printable(sentence) for sentence in sentences]
 
 
 def verdict(plan: Plan) -> list[str]:
@@ -49,22 +79,6 @@ def verdict(plan: Plan) -> list[str]:
     them.
     """
     return [printable(sentence) for sentence in (*caution(plan.device), *_verdict(plan, commands=True))]
-
-
-def _sentences(plan: Plan, explanation: Explanation, commands: bool) -> list[str]:
-    if plan.status == "infeasible" or plan.train is None:
-        return _infeasible(plan, explanation.shortfall)
-    return [
-        *_verdict(plan, commands),
-        *_references(plan),
-        *_clipping(plan, explanation.clipping),
-        *_decisions(plan),
-        *_peak(plan, explanation.peak),
-        *_recomputation(plan, explanation.recomputation),
-        *_busy(plan, explanation),
-        *_operators(explanation.operators),
-        *_worth(plan, explanation.neighbours, commands),
-    ]
 
 
 def _verdict(plan: Plan, commands: bool) -> list[str]:
@@ -231,63 +245,70 @@ def _proof(plan: Plan) -> str:
     if plan.policy in {"solver", MOBILLM}:
         kind = nearness(plan)
     else:
-        kind = (
-            f"a fixed rule ({plan.policy}), no search: at most {percent_within(plan.gap)} slower than the best plan of"
-            " its kind"
-        )
-    return f"{kind}; at most {percent_within(plan.any_schedule_gap)} slower than any schedule at this budget{caveat}"
+        kind = f"a fixed rule ({plan.policy}): searching could save at most {percent_within(plan.gap)} of its time"
+    any_schedule = percent_within(plan.any_schedule_gap)
+    return f"{kind}; no schedule whatever at this budget could save more than {any_schedule} of its time{caveat}"
 
 
-def _totals(costs: Mapping[str, Cost], kinds: set[str]) -> dict[str, tuple[int, int]]:
-    """Decision -> (tensors, bytes) over tensors of these kinds."""
-    totals: dict[str, tuple[int, int]] = {}
-    for cost in costs.values():
-        if cost.decision is not None and cost.kind in kinds:
-            count, size = totals.get(cost.decision, (0, 0))
-            totals[cost.decision] = (count + 1, size + cost.bytes)
-    return totals
-
-
-def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
-    parts = [
-        f"{totals[decision][0]} {text} ({format_size(totals[decision][1])})"
-        for decision, text in words.items()
-        if decision in totals
-    ]
-    return ", ".join(parts)
-
-
-def _decisions(plan: Plan) -> list[str]:
-    """What became of activations, weights and optimizer states: a sentence for each sort that the plan has."""
-    costs = CostLedger(plan).costs()
+def _decisions(plan: Plan, explanation: Explanation) -> list[str]:
+    """What became of weights, activations and optimizer states: a sentence for each sort that the plan has."""
     disk = words_of(plan.device).elsewhere
     phases = has_phases(plan)
-    sorts: list[tuple[str, set[str], dict[str, str]]] = [
-        (
+    sorts: dict[Sort, tuple[str, dict[str, str]]] = {
+        "weights": (
+            "frozen weights",
+            {
+                "unpacked": "unpacked in memory all the time",
+                "packed": "packed in memory and unpacked for each use",
+                "streamed": f"read from {disk} for each use",
+            },
+        ),
+        "activations": (
             "activations saved for the backward" if phases else "outputs that are needed again later",
-            {"activation", "gradient"},
             {
                 "kept": "kept in memory",
-                "recomputed": "made again in the backward" if phases else "made again",
+                "recomputed": "given up and computed again",
                 "offloaded": f"written to {disk} and fetched",
             },
         ),
-        (
-            "frozen weights",
-            {"weight"},
-            {
-                "unpacked": "unpacked in memory all the time",
-                "packed": "in memory as 4-bit and unpacked before each use",
-                "streamed": f"read from {disk} in every step",
-            },
-        ),
-        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {disk} between steps"}),
-    ]
-    if any(cost.kind == "trainable" and cost.decision == "offloaded" for cost in costs.values()):
+        "states": ("optimizer's states", {"kept": "kept in memory", "offloaded": f"on {disk} between updates"}),
+    }
+    decided = {(group.sort, group.decision): group for group in explanation.decisions}
+    if ("trained", "offloaded") in decided:
         words = {"kept": "kept in memory", "offloaded": f"on {disk} while no operator reads them"}
-        sorts.append(("values of what is trained", {"trainable"}, words))
-    phrases = [(name, _phrase(_totals(costs, kinds), words)) for name, kinds, words in sorts]
-    return [f"{name}: {phrase}" for name, phrase in phrases if phrase]
+        sorts["trained"] = "values of what is trained", words
+    sentences = []
+    for sort, (name, words) in sorts.items():
+        groups = [(decided[sort, decision], text) for decision, text in words.items() if (sort, decision) in decided]
+        if groups:
+            sentences.append(
+                f"{name}: {', '.join(f'{group.tensors} {text} ({_sizes(group)})' for group, text in groups)}"
+            )
+    return sentences
+
+
+def _sizes(group: DecidedTensors) -> str:
+    packed = 0 < group.packed_bytes < group.bytes
+    return format_size(group.bytes) + (f", {format_size(group.packed_bytes)} packed" if packed else "")
+
+
+def _price(plan: Plan, explanation: Explanation) -> str:
+    """What the step's time goes into for lack of memory."""
+    train, step = plan.train, plan.step_seconds
+    assert train is not None
+    shares = {
+        "computing again what was given up": train.recompute_seconds,
+        "unpacking weights": train.unpack_seconds,
+        f"waiting for {words_of(plan.device).elsewhere}": explanation.waiting_seconds,
+    }
+    parts = [
+        f"{seconds / step:.1%} ({format_seconds(seconds)}) {name}"
+        for name, seconds in shares.items()
+        if step and seconds / step >= LEAST_SHARE
+    ]
+    if not parts:
+        return "no time is lost to the lack of memory"
+    return f"what little memory costs of a step by the model: {', '.join(parts)}"
 
 
 def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
@@ -354,26 +375,16 @@ def _layers(count: int, example: str) -> str:
 
 
 def _busy(plan: Plan, explanation: Explanation) -> list[str]:
-    moves = plan.train is not None and plan.train.write_bytes > 0
-    if plan.model.is_bare_graph and not moves:
+    if plan.model.is_bare_graph and not any(use.bytes for use in explanation.channels):
         return []
     where = words_of(plan.device).elsewhere
+    words = {"compute": "computing", "read": f"reading from {where}", "write": f"writing to {where}"}
     parts = [
-        f"{words} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
+        f"{words[use.name]} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
         for use in explanation.channels
-        for words in [
-            {"compute": "computing", "read": f"reading from {where}", "write": f"writing to {where}"}[use.name]
-        ]
         if use.name == "compute" or use.bytes
     ]
-    unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
-    unpacking = "" if plan.model.is_bare_graph else unpacking
-    return [
-        (
-            f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(explanation.waiting_seconds)} wait for"
-            " transfers"
-        )
-    ]
+    return [f"busy in the step: {', '.join(parts)}"]
 
 
 def _operators(uses: Sequence[OperatorUse]) -> list[str]:

@@ -1,13 +1,15 @@
-"""Explains a plan in figures: what sets its peak, what it recomputes, how busy cores and disk are, what memory is
-worth.
+"""The record of what a plan does and why: what sets its peak and fills it, what becomes of its tensors, what it makes
+again, how busy cores and disk are, what memory is worth.
 
-`account` counts on the schedule, `tightfit.planner.report.marginal_value` adds the neighbouring budgets, and
-`tightfit.planner.report.explain` turns the figures into sentences.
+`account` counts on the schedule, `tightfit.planner.report.marginal_value` adds the neighbouring budgets. Whatever puts
+a plan into words, tables or pictures reads this record beside the plan's own fields: `explain` writes sentences,
+`render` tables for the terminal, `view` what pages show, `figures` pictures.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -16,6 +18,7 @@ from tightfit.planner.instructions import Run
 from tightfit.planner.problem.clipping import accumulate_seconds
 from tightfit.planner.problem.step_graph import SUM
 from tightfit.planner.report.costs import Cost, CostLedger
+from tightfit.planner.report.memory_categories import peak_parts
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan, tile_tokens
 from tightfit.profiles.models.family import families
@@ -31,6 +34,34 @@ LEAST_TILE = 128
 """tokens; with fewer at a time products take clearly longer for a token"""
 BITS_A_WEIGHT = {"4bit": 4.5, "8bit": 8.5, "16bit": 16.0}
 """precision of the frozen weights -> bits that a weight takes, its share of its block's scale included"""
+PhaseName = Literal["train", "evaluate", "update"]
+Sort = Literal["activations", "weights", "states", "trained"]
+SORTS: Mapping[str, Sort] = {
+    "activation": "activations",
+    "gradient": "activations",
+    "weight": "weights",
+    "optimizer": "states",
+    "trainable": "trained",
+}
+"""kind of tensor -> the sort that decisions about it are told under"""
+
+
+class DecidedTensors(FrozenRecord):
+    """The tensors of one sort that one decision is about."""
+
+    sort: Sort = Field(description="states are the optimizer's, trained the values of what is trained")
+    decision: str = Field(description="kept, recomputed, offloaded, streamed, packed or unpacked")
+    tensors: int
+    bytes: int
+    packed_bytes: int = Field(description="of weights packed in memory or on disk: what they take there; else 0")
+
+
+class MemoryPart(FrozenRecord):
+    """A kind of what fills the memory at the peak."""
+
+    name: str
+    label: str = Field(description="its name for people")
+    bytes: int
 
 
 class PeakAccount(FrozenRecord):
@@ -40,7 +71,7 @@ class PeakAccount(FrozenRecord):
     reach theirs.
     """
 
-    phase: Literal["train", "evaluate", "update"]
+    phase: PhaseName
     instruction: int
     text: str = Field(description="what runs there, in words")
     layer: str | None = Field(description="None where a transfer or an update sets the peak")
@@ -161,6 +192,8 @@ class Explanation(FrozenRecord):
     """What `plan --json` says under "explanation". Fields that do not apply are null or empty."""
 
     peak: PeakAccount | None = None
+    memory: list[MemoryPart] = Field([], description="what fills the process at its peak, together its peak_bytes")
+    decisions: list[DecidedTensors] = Field([], description="what becomes of tensors, by sort and decision")
     recomputation: Recomputation | None = None
     channels: list[ChannelUse] = []
     operators: list[OperatorUse] = Field([], description="of the cores' work, by kind of operator, dearest first")
@@ -178,12 +211,34 @@ def account(plan: Plan) -> Explanation:
     costs = ledger.costs()
     return Explanation(
         peak=peak_account(plan, ledger),
+        memory=[MemoryPart(name=kind.name, label=kind.label, bytes=size) for kind, size in peak_parts(plan)],
+        decisions=_decisions(ledger, costs),
         recomputation=_recomputation(plan, plan.train, ledger, costs),
         channels=_channels(plan.train, costs),
         operators=_operators(plan.train, ledger),
         waiting_seconds=plan.train.stall_seconds,
         clipping=_clipping(plan),
     )
+
+
+def _decisions(ledger: CostLedger, costs: dict[str, Cost]) -> list[DecidedTensors]:
+    counts: dict[tuple[Sort, str], list[tuple[int, int]]] = defaultdict(list)
+    for name, cost in costs.items():
+        if cost.decision is not None and cost.kind in SORTS:
+            packed = cost.decision in ("packed", "streamed") and name in ledger.index.tensors
+            counts[SORTS[cost.kind], cost.decision].append(
+                (cost.bytes, ledger.index.tensors[name].packed_bytes if packed else 0)
+            )
+    return [
+        DecidedTensors(
+            sort=sort,
+            decision=decision,
+            tensors=len(sizes),
+            bytes=sum(size for size, _ in sizes),
+            packed_bytes=sum(packed for _, packed in sizes),
+        )
+        for (sort, decision), sizes in counts.items()
+    ]
 
 
 def _clipping(plan: Plan) -> Clipping | None:
@@ -332,15 +387,14 @@ def _operators(train: Phase, ledger: CostLedger) -> list[OperatorUse]:
     return sorted(uses, key=lambda use: (-use.seconds, use.operator))
 
 
-def _fullest(plan: Plan) -> tuple[Literal["train", "evaluate", "update"], Phase]:
+def _fullest(plan: Plan) -> tuple[PhaseName, Phase]:
     """The schedule that sets the peak of a plan that has one."""
-    fullest: tuple[Literal["train", "evaluate", "update"], Phase]
-    fullest = "train", max(plan.steps, key=lambda step: step.peak_bytes)
-    if plan.evaluate is not None and plan.evaluate.peak_bytes > fullest[1].peak_bytes:
-        fullest = "evaluate", plan.evaluate
-    if plan.update is not None and plan.update.peak_bytes > fullest[1].peak_bytes:
-        fullest = "update", plan.update
-    return fullest
+    phases: list[tuple[PhaseName, Phase | None]] = [
+        ("train", max(plan.steps, key=lambda step: step.peak_bytes)),
+        ("evaluate", plan.evaluate),
+        ("update", plan.update),
+    ]
+    return max(((name, phase) for name, phase in phases if phase is not None), key=lambda named: named[1].peak_bytes)
 
 
 def _share(seconds: float, train: Phase) -> float:

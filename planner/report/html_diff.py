@@ -1,26 +1,25 @@
-"""The comparison page's section on the difference of two plans: the data for any pair, and one pair
-already rendered.
-"""
+"""The comparison page's section on the difference of two plans: the data for any pair, and the changes of one pair."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from tightfit.planner.report.costs import CostLedger
-from tightfit.planner.report.diff import ChangeGroup, PlanChange, diff, grouped, transfer_seconds
+from tightfit.planner.report.costs import Cost, CostLedger
+from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.memory_categories import feasible
 from tightfit.planner.schema import Plan
-from tightfit.runtime.common.units import Unit, format_size, unit_of
+from tightfit.runtime.common.units import format_size, unit_of
 
 DECISIONS = ("kept", "recomputed", "offloaded", "unpacked", "packed", "streamed")
 """decisions, which the page's data give by their index here; -1 where there was nothing to decide"""
 ROWS = 300
 """changes listed; the rest are in the sums above them"""
+NOTHING = Cost(kind="", bytes=0, decision=None)
 
 
 def diff_section(plans: Sequence[Plan]) -> dict[str, Any] | None:
-    """Labels, data and the first diff of the section; None where fewer than two plans hold.
+    """Labels, data and the changes of the section's first pair; None where fewer than two plans hold.
 
     Data: `names`, `kinds`, `bytes` of every tensor that any plan decides on or pays for, and per plan the `decisions`,
     `compute` and `transfer` microseconds and `moved` bytes in the same order.
@@ -29,46 +28,32 @@ def diff_section(plans: Sequence[Plan]) -> dict[str, Any] | None:
     if len(fitting) < 2:
         return None
     costs = [CostLedger(plan).costs() for plan in fitting]
+    tensors = {name: cost for spent in reversed(costs) for name, cost in spent.items()}
     names = list(dict.fromkeys(name for spent in costs for name in spent))
-    facts = {name: cost for spent in reversed(costs) for name, cost in spent.items()}
     several = len({plan.device.name for plan in fitting}) > 1
-    labels = [
-        f"{plan.policy} at {format_size(plan.budget_bytes)}" + (f" on {plan.device.name}" if several else "")
-        for plan in fitting
-    ]
     first, second = _first_pair(fitting)
     changes = diff(fitting[first], fitting[second])
-    unit = unit_of(max((cost.bytes for cost in facts.values()), default=0))
+    unit = unit_of(max((cost.bytes for cost in tensors.values()), default=0))
     return {
-        "labels": labels,
+        "labels": [
+            f"{plan.policy} at {format_size(plan.budget_bytes)}" + (f" on {plan.device.name}" if several else "")
+            for plan in fitting
+        ],
         "first": first,
         "second": second,
-        "unit": unit.name,
-        "sums": [_sum_row(group, unit) for group in grouped(changes)],
-        "rows": [_row(change, unit) for change in changes[:ROWS]],
+        "unit": unit,
+        "groups": grouped(changes),
+        "changes": changes[:ROWS],
         "more": max(0, len(changes) - ROWS),
-        "limit": ROWS,
         "data": {
             "limit": ROWS,
             "unit": unit.size,
             "places": unit.places(2),
             "decisions": DECISIONS,
             "names": names,
-            "kinds": [facts[name].kind for name in names],
-            "bytes": [facts[name].bytes for name in names],
-            "plans": [
-                {
-                    "decisions": [_code(spent[name].decision) if name in spent else -1 for name in names],
-                    "compute": [round(spent[name].compute_seconds * 1e6, 1) if name in spent else 0 for name in names],
-                    "transfer": [
-                        round(transfer_seconds(spent[name]) * 1e6, 1) if name in spent else 0 for name in names
-                    ],
-                    "moved": [
-                        spent[name].read_bytes + spent[name].write_bytes if name in spent else 0 for name in names
-                    ],
-                }
-                for spent in costs
-            ],
+            "kinds": [tensors[name].kind for name in names],
+            "bytes": [tensors[name].bytes for name in names],
+            "plans": [_columns([spent.get(name, NOTHING) for name in names]) for spent in costs],
         },
     }
 
@@ -81,29 +66,10 @@ def _first_pair(plans: Sequence[Plan]) -> tuple[int, int]:
     return (solved[0], solved[1]) if len(solved) > 1 else (0, 1)
 
 
-def _code(decision: str | None) -> int:
-    return -1 if decision is None else DECISIONS.index(decision)
-
-
-def _sum_row(group: ChangeGroup, unit: Unit) -> list[str]:
-    return [_change(group), f"{group.tensors}", *_figures(group, unit)]
-
-
-def _row(change: PlanChange, unit: Unit) -> list[str]:
-    return [change.name, _change(change), *_figures(change, unit)]
-
-
-def _change(change: PlanChange | ChangeGroup) -> str:
-    before, after = change.before or "–", change.after or "–"
-    what = before if before == after else f"{before} → {after}"
-    return f"{change.kind}: {what}" if isinstance(change, ChangeGroup) else what
-
-
-def _figures(change: PlanChange | ChangeGroup, unit: Unit) -> list[str]:
-    """As the page's script prints them: bytes in `unit`, ms of the cores, ms of the channels, bytes moved in `unit`."""
-    return [
-        unit.amount(change.bytes, 2),
-        f"{change.compute_seconds * 1e3:+.2f}",
-        f"{change.transfer_seconds * 1e3:+.2f}",
-        unit.amount(change.moved_bytes, 2, sign="+"),
-    ]
+def _columns(costs: Sequence[Cost]) -> dict[str, list[float]]:
+    return {
+        "decisions": [-1 if cost.decision is None else DECISIONS.index(cost.decision) for cost in costs],
+        "compute": [round(cost.compute_seconds * 1e6, 1) for cost in costs],
+        "transfer": [round(cost.transfer_seconds * 1e6, 1) for cost in costs],
+        "moved": [cost.moved_bytes for cost in costs],
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
@@ -10,10 +9,11 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tightfit.planner.report.explain import percent_within
-from tightfit.planner.report.memory_categories import MemoryBand, budgets_of, feasible, peak_parts, policies_of
+from tightfit.planner.report.comparison_words import Cell, table_rows
+from tightfit.planner.report.explanation import Explanation
+from tightfit.planner.report.memory_categories import bands, feasible, policies_of
 from tightfit.planner.schema import Plan
-from tightfit.runtime.common.units import format_seconds, format_size, unit_of
+from tightfit.runtime.common.units import format_size, unit_of
 
 UNLIMITED = 1 << 16
 """characters of a line that nothing cuts"""
@@ -78,11 +78,8 @@ class _FittedTable:
         )
         for name in ["budget", *names]:
             table.add_column(name.replace("-", "-\n") if narrow else name, justify="right", overflow="fold")
-        by_cell = {(plan.budget_bytes, plan.policy): plan for plan in plans}
-        for budget in budgets_of(plans):
-            row_plans = [by_cell.get((budget, name)) for name in names]
-            best = min((plan.step_seconds for plan in row_plans if plan and feasible(plan)), default=0.0)
-            cells = [Text(format_size(budget)), *(_cell(plan, best, unit) for plan in row_plans)]
+        for budget, row in table_rows(plans, names):
+            cells = [Text(format_size(budget)), *(_text(cell, unit) for cell in row)]
             table.add_row(*(Text("\n").join(cell.split(" ")) if narrow else cell for cell in cells))
         return table
 
@@ -94,7 +91,7 @@ def comparison_table(plans: Sequence[Plan]) -> RenderableType:
     return _FittedTable(plans)
 
 
-def peak_table(plan: Plan) -> Table:
+def peak_table(plan: Plan, explanation: Explanation) -> Table:
     """What fills the memory at the plan's peak: what its fullest instruction holds, and what others make the process
     hold.
     """
@@ -102,50 +99,21 @@ def peak_table(plan: Plan) -> Table:
     table.add_column("at the peak")
     table.add_column("", justify="right")
     table.add_column("", justify="left")
-    parts = peak_parts(plan)
-    if not parts:
-        return table
-    for kind, size in parts:
-        table.add_row(Text(kind.label), format_size(size), _bar(size, plan.peak_bytes, kind))
-    table.add_row(
-        "[bold]together",
-        f"[bold]{format_size(sum(size for _, size in parts))}",
-        f"of {format_size(plan.budget_bytes)}",
-        end_section=True,
-    )
+    for part in explanation.memory:
+        (band,) = bands([part.name])
+        width = max(1, round(40 * part.bytes / plan.peak_bytes))
+        table.add_row(Text(part.label), format_size(part.bytes), f"[{band.dark}]{'█' * width}[/]")
+    if explanation.memory:
+        table.add_row(
+            "[bold]together",
+            f"[bold]{format_size(sum(part.bytes for part in explanation.memory))}",
+            f"of {format_size(plan.budget_bytes)}",
+            end_section=True,
+        )
     return table
 
 
-def decision_counts(plan: Plan) -> dict[str, int]:
-    """How many tensors each decision takes in, most frequent first."""
-    return dict(Counter(plan.decisions.values()).most_common())
-
-
-def _cell(plan: Plan | None, best: float, unit: str | None) -> Text:
-    """`unit`: the one that the heading names for all of the table."""
-    if plan is None:
-        return Text("–")
-    if not feasible(plan):
-        smallest = plan.minimum_budget_bytes
-        needed = (
-            f"needs {format_size(smallest, round_up=True).removesuffix(f' {unit}')}" if smallest else "does not fit"
-        )
-        if plan.ended_by == "time limit" and plan.policy == "solver":
-            needed += " or less"
-        return Text(needed, style="red")
-    mark = f" ({_mark(plan)})" if plan.policy == "solver" and plan.status != "optimal" else ""
-    text = f"{format_seconds(plan.step_seconds).removesuffix(' s')}{mark}"
-    return Text(text, style="bold green" if plan.step_seconds <= 1.005 * best else "")
-
-
-def _mark(plan: Plan) -> str:
-    """What is known of a solver's plan that is not proven optimal."""
-    if plan.status == "fallback":
-        return "fallback"
-    cut = {"time limit": ", time limit", "interrupt": ", interrupted"}.get(plan.ended_by or "", "")
-    return f"gap {percent_within(plan.gap)}{cut}"
-
-
-def _bar(size: int, whole: int, kind: MemoryBand) -> str:
-    width = round(40 * size / whole) if whole else 0
-    return f"[{kind.dark}]{'█' * max(1, width)}[/]"
+def _text(cell: Cell, unit: str | None) -> Text:
+    """`unit`: the one of budgets that the heading names for all of the table, as it does seconds."""
+    style = {"none": "red", "best": "bold green", "": ""}[cell.role]
+    return Text(cell.text.replace(" s", "", 1).replace(f" {unit}", "", 1), style=style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -103,13 +104,11 @@ def _weights(profile: Profile) -> list[Tensor]:
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """The plan without its schedule: decisions counted, phases in figures."""
-    from tightfit.planner.report.render import decision_counts
-
     summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
     summary["optimizer"] = plan.optimizer.get("name", "adamw")
     summary["rehearsal"] = plan.rehearsal and plan.rehearsal.model_dump(mode="json")
     summary["marks"] = marks(plan.device)
-    summary["decisions"] = decision_counts(plan)
+    summary["decisions"] = dict(Counter(plan.decisions.values()).most_common())
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
     summary["update"] = _phase(plan.update)
     summary["cycle"] = [_phase(step) for step in plan.cycle]
@@ -123,6 +122,20 @@ def adapter_words(lora: Mapping[str, Any]) -> str:
     words = f"{method} rank {lora['rank']}" + (f" with dropout {dropout:g}" if dropout else "")
     words += ", on experts too" if lora.get("target_parameters") else ""
     return words + (f", {' and '.join(saved)} in full" if saved else "")
+
+
+def describe(plan: Plan) -> str:
+    """What is trained, in a line: shapes, number type, LoRA rank, what updates where it is not AdamW alone."""
+    from tightfit.profiles.schema import MOBILLM
+
+    if plan.model.is_bare_graph:
+        return f"a bare graph of {len(plan.programs[0].operators)} operators; budgets are on the bytes that are live"
+    shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
+    adapted = adapter_words(plan.model.lora) if plan.model.lora and "rank" in plan.model.lora else "all parameters"
+    if plan.policy == MOBILLM:
+        adapted = "nothing trained here"
+    updates = update_words(plan)
+    return f"{adapted}, {shape}, {plan.compute_dtype}{f', {updates}' if updates else ''}"
 
 
 def update_words(plan: Plan) -> str:

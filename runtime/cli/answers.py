@@ -174,7 +174,7 @@ def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
     from tightfit.planner.report.explain import explain
     from tightfit.planner.report.render import bulleted, peak_table
 
-    return Group(bulleted(explain(plan, explanation)), peak_table(plan))
+    return Group(bulleted(explain(plan, explanation)), peak_table(plan, explanation))
 
 
 def infeasible_text(plan: Plan, explanation: Explanation) -> str:
@@ -191,7 +191,7 @@ def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from tightfit.planner.report.html import verdicts
+    from tightfit.planner.report.comparison_words import verdicts
     from tightfit.planner.report.memory_categories import devices_of
     from tightfit.planner.report.render import comparison_table
 

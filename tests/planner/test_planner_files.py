@@ -254,7 +254,7 @@ def test_in_words(made):
     assert f"one step takes {made.step_seconds:.3f} s by the model" in text
     assert ("proven optimal" in text) == (made.status == "optimal") == (made.gap <= ROUNDING)
     assert ("of the best plan of its kind, where" in text) == (made.status == "feasible")
-    assert f"{percent_within(made.any_schedule_gap)} slower than any schedule" in text
+    assert f"could save more than {percent_within(made.any_schedule_gap)} of its time" in text
     assert "times are estimated" in text
     assert made.train.peak.text in text
 

@@ -41,7 +41,7 @@ from traced import loss_and_gradients, random_batch
 from tightfit.planner.instructions import Run
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.device_forward import SENT, device_forward
-from tightfit.planner.report.html import describe
+from tightfit.planner.report.summary import describe
 from tightfit.profiles.api import profile
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile, operator_workspace

@@ -21,7 +21,7 @@ from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.planner.instructions import Run
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.report.html import describe
+from tightfit.planner.report.summary import describe
 from tightfit.planner.schema import Phase
 from tightfit.planner.solve.policies import refused_of
 from tightfit.profiles.api import profile

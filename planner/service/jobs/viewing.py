@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.step_columns import step_columns
+from tightfit.planner.report.view import difference, plan_view
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.jobs.view import difference, plan_view
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.runtime.common.strict_json import to_json
 

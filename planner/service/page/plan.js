@@ -21,7 +21,7 @@ export async function show({ root, id, signal, title }) {
     heading(editable(nameOf(plan), async (text) => { const kept = await save({ title: text }), shown = kept.title ?? given; Object.assign(plan, { title: kept.title }); title(shown); return shown; }, { label: "name of the plan", action }), ...actions(plan, view)),
     html("p", { class: "soft" }, plan.profile ? html("a", { href: to("models", plan.profile, { budget: summary.budget_bytes, policy: summary.policy }) }, view.model) : view.model, `, ${view.about}; planned `, when(plan.created)),
     note(plan.note, (text) => save({ note: text }), action),
-    section(feasible ? "What this plan does" : "Why it does not fit", html("ol", { class: "plain-words" }, ...words(view.plain)), html("dl", { class: "cards" }, ...cards(view))),
+    section(feasible ? "What this plan does" : "Why it does not fit", html("ul", { class: "plain-words" }, ...words(view.gist)), html("dl", { class: "cards" }, ...cards(view))),
   );
   if (feasible) {
     const box = html("div", { class: "step" }, html("p", { class: "soft busy" }, "loading the step …"));
@@ -32,7 +32,7 @@ export async function show({ root, id, signal, title }) {
     );
     get(`/v1/plans/${id}/timeline`).then((columns) => { if (!signal.aborted) showStep(box, stepOf(columns), { name: nameOf(plan) }); }).catch((error) => box.replaceChildren(html("p", {}, error.message)));
   }
-  root.append(html("details", {}, html("summary", {}, "In the planner's own words"), html("ul", { class: "plain" }, ...view.sentences.map((text) => html("li", {}, text)))));
+  if (view.details.length) root.append(html("details", {}, html("summary", {}, "With more figures"), html("ul", { class: "plain" }, ...view.details.map((text) => html("li", {}, text)))));
 }
 
 function words(sentences) {

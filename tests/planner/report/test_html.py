@@ -12,7 +12,8 @@ from synthetic import decoder_like
 
 from tightfit.planner.plan import plan as solve
 from tightfit.planner.report.compare import compare
-from tightfit.planner.report.html import comparison_page, facts, verdicts
+from tightfit.planner.report.comparison_words import verdicts
+from tightfit.planner.report.html import comparison_page, facts
 from tightfit.profiles.graph_input import BareGraph, BareOperator, graph_profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
@@ -137,10 +138,10 @@ def test_the_numbers_under_a_chart_are_the_charts(page):
 
 
 def test_a_plan_explains_itself(page):
-    words = [element["text"] for element in page.find("li") if element["text"].startswith("one step takes")]
+    words = [element["text"] for element in page.find("li") if element["text"].startswith("One step takes")]
     assert len(words) == len(page.find("article"))
     assert words[0] == (
-        "one step takes 1.280 s by the model and peaks at 246.0 MiB of 250.0 MiB for the whole process, Python and PyTorch included (4.0 MiB spare)"
+        "One step takes 1.280 s by the model and peaks at 246.0 MiB of 250.0 MiB for the whole process, Python and PyTorch included (4.0 MiB spare)."
     )
 
 

@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 from sample_plans import infeasible_plan, sample_plan, sample_plans
 
+from tightfit.planner.report.explanation import account
 from tightfit.planner.report.figures import _predicted_seconds, draw_curve, draw_timeline
-from tightfit.planner.report.render import comparison_table, decision_counts, peak_table
+from tightfit.planner.report.render import comparison_table, peak_table
 from tightfit.planner.schema import TimelinePoint
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB, parse_size
@@ -77,7 +78,7 @@ def test_a_plan_that_is_not_proven_optimal_says_so():
 
 def test_peak_table_adds_up_to_the_peak():
     kinds = ("Python", "trainables", "optimizer", "weights", "activations", "workspace", "at other moments")
-    text = printed(peak_table(sample_plan()))
+    text = printed(peak_table(sample_plan(), account(sample_plan())))
     parts = [parse_size("".join(row(text, start)[-3:-1])) for start in kinds]
     assert row(text, "together")[1:] == ["340.0", "MiB", "of", "350.0", "MiB"]
     assert sum(parts) == pytest.approx(340 * MIB, abs=0.4 * MIB)
@@ -90,20 +91,14 @@ def test_peak_table_of_a_small_graph_is_told_in_bytes():
     whole = sample_plan().device
     floor = whole.floor.model_copy(update={"import_peak_bytes": 0, "resident_bytes": 0, "supervisor_bytes": 0})
     device = whole.model_copy(update={"floor": floor})  # as of a graph, which no process runs
-    text = printed(peak_table(sample_plan(budget=2000, peak=20, timeline=[point], device=device)))
+    plan = sample_plan(budget=2000, peak=20, timeline=[point], device=device)
+    text = printed(peak_table(plan, account(plan)))
     assert row(text, "activations")[1:3] == ["20", "B"]
     assert row(text, "together")[1:] == ["20", "B", "of", "2.0", "KiB"]
 
 
 def test_peak_table_of_an_infeasible_plan_is_empty():
-    assert "together" not in printed(peak_table(infeasible_plan()))
-
-
-def test_decision_counts():
-    assert decision_counts(sample_plan(decisions={"a": "kept", "b": "streamed", "c": "kept"})) == {
-        "kept": 2,
-        "streamed": 1,
-    }
+    assert "together" not in printed(peak_table(infeasible_plan(), account(infeasible_plan())))
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml")])

@@ -40,6 +40,11 @@ def test_a_plan_says_whether_another_run_may_find_another(deterministic):
     assert plan_summary(sample_plan(deterministic=deterministic))["deterministic"] is deterministic
 
 
+def test_decisions_are_counted():
+    plan = sample_plan(decisions={"a": "kept", "b": "streamed", "c": "kept"})
+    assert plan_summary(plan)["decisions"] == {"kept": 2, "streamed": 1}
+
+
 PUBLISHED = {name: value for name, value in FAMILIES["Phi-4-mini"].items() if name != "rope_parameters"} | {
     "original_max_position_embeddings": 9,
     "rope_scaling": {"type": "longrope", "short_factor": SHORT[:6], "long_factor": LONG[:6]},

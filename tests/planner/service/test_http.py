@@ -148,7 +148,7 @@ def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
     assert view["plan"] == result["plan"]
     assert (view["timeline"], view["layers"]) == (None, [])
     assert "its budget is too small" in view["not_runnable"]
-    assert any("smallest" in sentence for sentence in view["sentences"])
+    assert any("smallest" in sentence for sentence in view["gist"])
     run = served.http.post("/v1/runs", json={"plan": result["plan"], "data": "random", "steps": 1})
     assert "its budget is too small" in refused(run, 422, "invalid_request", "body.plan")
 

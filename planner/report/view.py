@@ -1,4 +1,4 @@
-"""Condenses a plan, or the difference of two, to what the page shows. Bytes and seconds."""
+"""Condenses a plan, or the difference of two, to what the service's page and written pages show. Bytes and seconds."""
 
 from __future__ import annotations
 
@@ -8,55 +8,61 @@ from typing import Any
 
 from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
-from tightfit.planner.report.chart_data import SLICES, series_of
+from tightfit.planner.report.chart_data import series_of
 from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import diff, grouped
-from tightfit.planner.report.explain import explain
-from tightfit.planner.report.explanation import Explanation, account, peak_text
-from tightfit.planner.report.html import LARGEST, describe
-from tightfit.planner.report.memory_categories import feasible, peak_parts, timeline_slices
-from tightfit.planner.report.plain_words import plain_words
-from tightfit.planner.report.summary import plan_summary
+from tightfit.planner.report.explain import details, gist
+from tightfit.planner.report.explanation import SORTS, Explanation, account, peak_text
+from tightfit.planner.report.memory_categories import feasible
+from tightfit.planner.report.summary import describe, plan_summary
 from tightfit.planner.schema import Plan
-from tightfit.planner.service.jobs.store import Row
 
+Row = dict[str, Any]
 CHANGES = 2000
 """tensors listed in a difference"""
+LARGEST = 12
+"""tensors listed at the peak"""
 
 
-def plan_view(
-    plan: Plan, identity: str, stored: dict[str, Any] | None = None, *, not_runnable: str | None = None
-) -> Row:
+def plan_view(plan: Plan, identity: str, stored: Row | None = None, *, not_runnable: str | None = None) -> Row:
     """`identity` is the stored plan's, `stored` the explanation that was made with it, where there is one. What a plan
     without a schedule lacks is None or empty.
     """
-    explanation = account(plan) if stored is None else Explanation.model_validate(stored)
-    slices = timeline_slices(plan.timeline, SLICES)
-    shown = feasible(plan) and bool(slices)
+    record = account(plan)
+    if stored is not None:
+        planned = Explanation.model_validate(stored)
+        record = record.model_copy(update={"neighbours": planned.neighbours, "shortfall": planned.shortfall})
+    shown = feasible(plan) and bool(plan.timeline)
     return {
         "plan": identity,
         "model": plan.model.name,
         "about": describe(plan),
         "summary": plan_summary(plan),
-        "plain": plain_words(plan, explanation),
-        "sentences": explain(plan, explanation, commands=False),
+        **words_view(plan, record),
         "not_runnable": not_runnable,
-        "timeline": series_of(plan, slices) if shown else None,
-        "peak": _peak(plan) if shown else None,
+        "timeline": series_of(plan) if shown else None,
+        "peak": peak_view(plan, record) if shown else None,
         "layers": _layers(plan) if shown else [],
-        "channels": _channels(plan, explanation) if shown else [],
+        "channels": _channels(plan, record) if shown else [],
     }
 
 
-def _peak(plan: Plan) -> Row:
+def words_view(plan: Plan, record: Explanation) -> dict[str, list[str]]:
+    """A plan in sentences: those for everybody first, with a capital and a full stop, and those with more figures."""
+    return {
+        "gist": [f"{sentence[0].upper()}{sentence[1:]}." for sentence in gist(plan, record)],
+        "details": details(plan, record),
+    }
+
+
+def peak_view(plan: Plan, record: Explanation) -> Row:
     """The fullest moment of the training step, the instruction that sets it, and the largest tensors there."""
     assert plan.train is not None
-    parts = peak_parts(plan)
     return {
         "text": peak_text(plan, plan.train),
         "instruction": plan.train.peak.instruction,
-        "bytes": sum(size for _, size in parts),
-        "parts": [{"name": kind.name, "label": kind.label, "bytes": size} for kind, size in parts],
+        "bytes": sum(part.bytes for part in record.memory),
+        "parts": [part.model_dump() for part in record.memory],
         "tensors": sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
     }
 
@@ -77,9 +83,8 @@ def _layers(plan: Plan) -> list[Row]:
     layer_of = TensorIndex(plan).owners()
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for name, cost in CostLedger(plan).costs().items():
-        if cost.decision is not None:
-            group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
-            decided[layer_of.get(name, "")][group][cost.decision] += cost.bytes
+        if cost.decision is not None and cost.kind in SORTS:
+            decided[layer_of.get(name, "")][SORTS[cost.kind]][cost.decision] += cost.bytes
     seconds: dict[tuple[str, str], float] = defaultdict(float)
     graph = step_graph(plan)
     for step in graph.steps:
