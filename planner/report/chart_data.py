@@ -9,11 +9,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, feasible, in_use, kinds_of, timeline_slices
+from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, feasible
 from tightfit.planner.schema import Plan
-
-SLICES = 260
-"""slices of a step in a drawn timeline: finer than the picture's columns would not show"""
 
 SHARED = (
     "charts.css",
@@ -75,23 +72,3 @@ def curve_of(plans: Sequence[Plan], policies: Sequence[str]) -> list[dict[str, A
         if policy_plans:
             curves.append({"name": policy, "slot": slot, "points": points, "misfits": misfits})
     return curves
-
-
-def series_of(plan: Plan, slices: int = SLICES) -> dict[str, Any]:
-    """What the timeline of a feasible plan draws: bytes of each kind in at most so many `slices` of the step, and which
-    of these has the most in use.
-    """
-    assert plan.train is not None
-    drawn = timeline_slices(plan.timeline, slices)
-    kinds = kinds_of((slice_.point for slice_ in drawn), plan.device.kind)
-    used_bytes = [in_use(slice_.point) for slice_ in drawn]
-    return {
-        "seconds": plan.train.seconds or drawn[-1].end,
-        "starts": [slice_.start for slice_ in drawn],
-        "ends": [slice_.end for slice_ in drawn],
-        "total": [slice_.point.bytes for slice_ in drawn],
-        "used": used_bytes,
-        "peak": used_bytes.index(max(used_bytes)),
-        "kinds": [{"name": kind.name, "label": kind.label} for kind in kinds],
-        "sizes": [[slice_.point.by_kind.get(kind.name, 0) for slice_ in drawn] for kind in kinds],
-    }

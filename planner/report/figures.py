@@ -12,8 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tightfit.planner.report.chart_data import curve_of, series_of
-from tightfit.planner.report.memory_categories import bands, budgets_of, devices_of, feasible, policies_of
+from tightfit.planner.report.chart_data import curve_of
+from tightfit.planner.report.memory_categories import (
+    MemoryBand,
+    TimelineSlice,
+    budgets_of,
+    devices_of,
+    feasible,
+    in_use,
+    kinds_of,
+    policies_of,
+    timeline_slices,
+)
 from tightfit.planner.schema import Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.runtime.common.errors import InputError
@@ -87,15 +97,16 @@ def draw_timeline(
     `measured_peak` is the kernel's high-water mark of the run in bytes. Raises InputError where the plan has no
     timeline to draw.
     """
-    if not (feasible(plan) and plan.timeline):
+    slices = timeline_slices(plan.timeline, SLICES)
+    if not slices:
         raise InputError(f"a plan that is {plan.status} at {format_size(plan.budget_bytes)} has no timeline to draw")
     figure, (axes,) = _canvas(11.0, 4.8)
-    series = series_of(plan, SLICES)
-    peak = series["peak"]
-    top = max(*series["total"], plan.peak_bytes, measured_peak or 0) / MIB
+    kinds = kinds_of((slice_.point for slice_ in slices), plan.device.kind)
+    peak = max(slices, key=lambda slice_: in_use(slice_.point))
+    top = max(*(slice_.point.bytes for slice_ in slices), plan.peak_bytes, measured_peak or 0) / MIB
     capped = plan.budget_bytes / MIB <= 1.7 * top
     top = max(top, plan.budget_bytes / MIB if capped else 0.0) * 1.06
-    _stack(axes, series, top)
+    _stack(axes, slices, kinds, top)
     if capped:
         axes.axhline(plan.budget_bytes / MIB, color=WARN, linestyle="--", linewidth=1.4)
         axes.annotate(
@@ -109,8 +120,8 @@ def draw_timeline(
             fontweight="bold",
         )
     axes.plot(
-        [(series["starts"][peak] + series["ends"][peak]) / 2],
-        [series["used"][peak] / MIB],
+        [(peak.start + peak.end) / 2],
+        [in_use(peak.point) / MIB],
         "o",
         color="white",
         markeredgecolor=INK,
@@ -135,9 +146,9 @@ def draw_timeline(
             linewidth=1.2,
             label=f"measured peak of the run (VmHWM), {format_size(measured_peak)}",
         )
-    start = _axis_start(series, top)
+    start = _axis_start(kinds, slices, top)
     axes.set_ylim(start, top)
-    axes.set_xlim(0, series["ends"][-1])
+    axes.set_xlim(0, slices[-1].end)
     axes.set_xlabel("seconds into the step, as predicted")
     axes.set_ylabel("MiB, whole process" + (f" (axis starts at {start:.0f})" if start else ""))
     handles, labels = axes.get_legend_handles_labels()
@@ -148,12 +159,12 @@ def draw_timeline(
     return _save(figure, path)
 
 
-def _axis_start(series: dict[str, Any], top: float) -> float:
+def _axis_start(kinds: Sequence[MemoryBand], slices: Sequence[TimelineSlice], top: float) -> float:
     """Where the axis begins, in MiB: zero, or just inside the floor where the floor would fill half of the picture."""
-    if not series["kinds"] or series["kinds"][0]["name"] != "floor":
+    floor = min(slice_.point.by_kind.get("floor", 0) for slice_ in slices) / MIB
+    if floor < 0.4 * top or not kinds or kinds[0].name != "floor":
         return 0.0
-    floor = min(series["sizes"][0]) / MIB
-    return 0.0 if floor < 0.4 * top else max(0.0, floor - 0.12 * (top - floor)) // 10 * 10
+    return max(0.0, floor - 0.12 * (top - floor)) // 10 * 10
 
 
 def _predicted_seconds(plan: Plan, instruction: int) -> float:
@@ -168,15 +179,14 @@ def _predicted_seconds(plan: Plan, instruction: int) -> float:
     return left.seconds + share * (right.seconds - left.seconds)
 
 
-def _stack(axes: Axes, series: dict[str, Any], top: float) -> None:
-    edges = [*series["starts"], series["ends"][-1]]
-    rows = [[size / MIB for size in sizes] for sizes in series["sizes"]]
+def _stack(axes: Axes, slices: Sequence[TimelineSlice], kinds: Sequence[MemoryBand], top: float) -> None:
+    edges = [slice_.start for slice_ in slices] + [slices[-1].end]
+    rows = [[slice_.point.by_kind.get(kind.name, 0) / MIB for slice_ in slices] for kind in kinds]
     # A band too thin to be seen needs no line in the legend: matplotlib leaves labels with an underscore out.
-    labels = [kind["label"] if max(row) > 0.002 * top else "_" for kind, row in zip(series["kinds"], rows, strict=True)]
-    colours = [band.light for kind in series["kinds"] for band in bands([kind["name"]])]
+    labels = [kind.label if max(row) > 0.002 * top else "_" for kind, row in zip(kinds, rows, strict=True)]
     # A value holds from its slice's start to its end: the last value is drawn twice.
     values = [[*row, row[-1]] for row in rows]
-    axes.stackplot(edges, *values, step="post", colors=colours, labels=labels, linewidth=0)
+    axes.stackplot(edges, *values, step="post", colors=[kind.light for kind in kinds], labels=labels, linewidth=0)
 
 
 def _canvas(width: float, height: float, *, rows: int = 1) -> tuple[Figure, list[Axes]]:

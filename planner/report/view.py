@@ -8,7 +8,6 @@ from typing import Any
 
 from tightfit.planner.problem.step_graph import step_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
-from tightfit.planner.report.chart_data import series_of
 from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import details, gist
@@ -40,7 +39,7 @@ def plan_view(plan: Plan, identity: str, stored: Row | None = None, *, not_runna
         "summary": plan_summary(plan),
         **words_view(plan, record),
         "not_runnable": not_runnable,
-        "timeline": series_of(plan) if shown else None,
+        "fits": shown,
         "peak": peak_view(plan, record) if shown else None,
         "layers": _layers(plan) if shown else [],
         "channels": _channels(plan, record) if shown else [],

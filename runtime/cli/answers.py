@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from tightfit.planner.report.summary import adapter_words, plan_summary, profile_summary, update_words
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution, marks
-from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.common.units import MIB, format_seconds, format_size
 from tightfit.runtime.supervision.report_text import facts_table
 
@@ -19,18 +18,6 @@ if TYPE_CHECKING:
     from tightfit.planner.schema import Plan
     from tightfit.profiles.devices.data_sheets import DeviceDescription
     from tightfit.profiles.schema import Preference, Profile
-
-__all__ = [
-    "comparison_text",
-    "device_text",
-    "devices_text",
-    "infeasible_text",
-    "plan_summary",
-    "plan_text",
-    "profile_summary",
-    "profile_text",
-    "to_json",
-]
 
 UNNAMED_BASE = (
     "name this GGUF file as their base, since it does not say which model it was made of; PEFT's AutoPeftModel cannot"
@@ -177,15 +164,6 @@ def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
     return Group(bulleted(explain(plan, explanation)), peak_table(plan, explanation))
 
 
-def infeasible_text(plan: Plan, explanation: Explanation) -> str:
-    """Why no plan fits, and the smallest budget that is enough; rounded up, so that it works when it is typed
-    back in.
-    """
-    from tightfit.planner.report.explain import explain
-
-    return "; ".join(explain(plan, explanation))
-
-
 def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     """Step times by budget and policy, and a sentence for each budget; device after device."""
     from rich.console import Group
@@ -225,13 +203,6 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                 }
             )
     return changes
-
-
-def verdict(plan: Plan) -> list[str]:
-    """The first sentences of a plan's explanation."""
-    from tightfit.planner.report.explain import verdict as sentences
-
-    return sentences(plan)
 
 
 def facts(plan: Plan) -> dict[str, Any]:

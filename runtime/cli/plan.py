@@ -94,6 +94,7 @@ def plan(
     settings, rehearsing = read(PlanOptions, options), read(RehearsalOptions, options)
     enough_for_a_solver()
     from tightfit.planner.io import save_plan
+    from tightfit.planner.report.explain import explain
     from tightfit.profiles.io import load_profile
     from tightfit.runtime.cli.terminal import SolvingDisplay, StagesDisplay, messages
     from tightfit.runtime.common.files import check_writable
@@ -137,7 +138,7 @@ def plan(
     summary = answers.facts(planned) | {"interrupted": interrupted, "explanation": explanation.model_dump(mode="json")}
     if planned.status == "infeasible":
         answer(summary, None, as_json=as_json)
-        console.print(f"tightfit: {answers.infeasible_text(planned, explanation)}")
+        console.print(f"tightfit: {'; '.join(explain(planned, explanation))}")
         raise typer.Exit(3)
     if interrupted:
         console.print(

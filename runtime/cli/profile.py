@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tightfit.planner.report.summary import profile_summary
 from tightfit.profiles.option_fields import PRIMARY
 from tightfit.profiles.options import ProfileOptions
 from tightfit.runtime.cli import answers
@@ -69,7 +70,7 @@ def profile(
             profile_options = profile_options if bundle is None else profile_options.but(bundle=bundle)
         measured = measure(model, **dict(profile_options))
     save_profile(measured, output)
-    summary = answers.profile_summary(measured) | {"profile": str(output)}
+    summary = profile_summary(measured) | {"profile": str(output)}
     answer(summary, answers.profile_text(measured), as_json=as_json)
     following = next_command(f"tightfit plan {shlex.quote(str(output))} --memory SIZE")
     console.print(f"profile written to {output}{following}")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tightfit.planner.report.step_words import rehearsal_words
+from tightfit.planner.report.summary import profile_summary
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.sources.lookup import names_module
 from tightfit.profiles.weights.source import BUNDLE
@@ -40,6 +41,7 @@ from tightfit.runtime.cli.plan import plan, smaller_folder
 from tightfit.runtime.cli.profile import profile
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.common.run_folder import find_checkpoints
+from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.common.units import MIB, format_size, parse_size
 from tightfit.runtime.engine.device.resident import memory as resident
 from tightfit.runtime.session.options import DataOptions
@@ -184,7 +186,9 @@ class TrainStages:
 
     def planned(self, planned: Plan) -> str:
         """The plan is made: say what it is worth."""
-        for sentence in answers.verdict(planned):
+        from tightfit.planner.report.explain import verdict
+
+        for sentence in verdict(planned):
             self.console.print(f"plan: {sentence}")
         return SMALLER if self.values["smaller"] and not smaller_folder(self.output / PLAN_FILE).exists() else RUN
 
@@ -266,7 +270,7 @@ class TrainStages:
         if self.values["as_json"]:
             planned = load_plan(self.output / PLAN_FILE)
             plan_facts = answers.facts(planned) | {"plan": str(self.output / PLAN_FILE)}
-            summary = answers.to_json({"profile": _facts(self.measured(), self.output), "plan": plan_facts})
+            summary = to_json({"profile": _facts(self.measured(), self.output), "plan": plan_facts})
         return {
             "resume": self.course.resume,
             "overwrite": self.course.overwrite,
@@ -435,7 +439,7 @@ def _plan(values: Mapping[str, Any], measured: Profile) -> Plan:
     answer = json.loads(answer_text.getvalue())  # noqa: TID251  written by the stage
     if failure:
         if values["as_json"]:
-            sys.stdout.write(answers.to_json({"profile": _facts(measured, output), "plan": answer}) + "\n")
+            sys.stdout.write(to_json({"profile": _facts(measured, output), "plan": answer}) + "\n")
         raise failure
     if answer["interrupted"]:
         raise KeyboardInterrupt
@@ -445,4 +449,4 @@ def _plan(values: Mapping[str, Any], measured: Profile) -> Plan:
 
 
 def _facts(measured: Profile, output: Path) -> dict[str, Any]:
-    return answers.profile_summary(measured) | {"profile": str(output / PROFILE)}
+    return profile_summary(measured) | {"profile": str(output / PROFILE)}

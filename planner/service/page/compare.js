@@ -35,7 +35,7 @@ async function comparePlans({ root, query, signal, keep, title }, ids) {
     html("ul", { class: "row bare chosen" }, ...shown.map(({ id }, i) => html("li", { class: "pill" }, html("b", {}, letter(i)), " ", links[i].cloneNode(true), " ", dropping(names[i], () => again(ids.filter((one) => one !== id)), ids.length > 1)))),
     shown.length < 2 ? empty("Add another plan to compare this one with.") : section("What differs", sideBySide("Figures of each plan; the best is marked", links, figuresOf(shown))),
   );
-  const fitting = shown.filter(({ view }) => view.timeline);
+  const fitting = shown.filter(({ view }) => view.fits);
   if (fitting.length) await steps(root, fitting, (one) => `${letter(shown.indexOf(one))}: ${names[shown.indexOf(one)]}`, signal);
   if (fitting.length > 1 && !signal.aborted) tensors(root, fitting, (one) => `${letter(shown.indexOf(one))}: ${names[shown.indexOf(one)]}`);
 }
@@ -54,15 +54,15 @@ function called(names) {
 
 function figuresOf(shown) {
   const of = (get) => shown.map(({ view }) => get(view)), summary = (get) => of((view) => get(view.summary)), train = (name) => of(({ summary: one }) => one.train?.[name] ?? null);
-  const fits = (get) => of((view) => (view.timeline ? get(view.summary) : null)), time = (value) => `${seconds(value)} s`;
-  const decided = (group, decision) => of((view) => (view.timeline ? view.layers.reduce((sum, layer) => sum + (layer.decisions[group]?.[decision] ?? 0), 0) : null));
+  const fits = (get) => of((view) => (view.fits ? get(view.summary) : null)), time = (value) => `${seconds(value)} s`;
+  const decided = (group, decision) => of((view) => (view.fits ? view.layers.reduce((sum, layer) => sum + (layer.decisions[group]?.[decision] ?? 0), 0) : null));
   return [
     { label: "model", values: of((view) => view.model) },
     { label: "what is trained", values: of((view) => view.about) },
-    { label: "fits", values: of((view) => (view.timeline ? "yes" : "no")) },
+    { label: "fits", values: of((view) => (view.fits ? "yes" : "no")) },
     { label: "planned by", values: summary((one) => (one.policy === SOLVER ? "search" : `rule “${nameOfRule(one.policy)}”`)) },
     { label: "budget", values: summary((one) => one.budget_bytes), text: size },
-    { label: "smallest budget that is enough", values: of((view) => (view.timeline ? null : view.summary.minimum_budget_bytes)), text: size },
+    { label: "smallest budget that is enough", values: of((view) => (view.fits ? null : view.summary.minimum_budget_bytes)), text: size },
     { label: "one step, by the model", values: fits((one) => one.step_seconds), text: time, better: -1 },
     { label: "peak memory", values: fits((one) => one.peak_bytes), text: size, better: -1 },
     { label: "at most slower than the best of its kind", values: fits((one) => one.gap), text: gapWords },

@@ -14,7 +14,7 @@ const MOST_LAYERS = 400; // more are the operators of a graph
 export async function show({ root, id, signal, title }) {
   const [plan, view] = await Promise.all([get(`/v1/plans/${id}`), get(`/v1/plans/${id}/view`)]);
   if (signal.aborted) return;
-  const { summary } = view, feasible = Boolean(view.timeline), given = plan.label ?? `${view.model} in ${mib(summary.budget_bytes)} MiB`;
+  const { summary } = view, feasible = view.fits, given = plan.label ?? `${view.model} in ${mib(summary.budget_bytes)} MiB`;
   const save = (fields) => patch(`/v1/plans/${id}`, fields);
   title(nameOf(plan));
   root.append(
@@ -43,9 +43,9 @@ function words(sentences) {
 function actions(plan, view) {
   const { summary } = view;
   return [
-    view.timeline && !view.not_runnable ? button("Fine-tune with it", () => go("runs", "", { new: 1, plan: plan.id }), "main") : null,
-    view.timeline && view.not_runnable ? html("span", { class: "pill", title: view.not_runnable }, "cannot run on this machine") : null,
-    view.timeline ? null : button("Choose another budget", () => go("models", plan.profile, { budget: summary.minimum_budget_bytes }), "main"),
+    view.fits && !view.not_runnable ? button("Fine-tune with it", () => go("runs", "", { new: 1, plan: plan.id }), "main") : null,
+    view.fits && view.not_runnable ? html("span", { class: "pill", title: view.not_runnable }, "cannot run on this machine") : null,
+    view.fits ? null : button("Choose another budget", () => go("models", plan.profile, { budget: summary.minimum_budget_bytes }), "main"),
     button("Compare", () => go("compare", "", { plans: plan.id })),
     button("Download", action(() => download(`/v1/plans/${plan.id}/file`, "plan.json"))),
     button("Delete", action(async () => {
@@ -56,8 +56,8 @@ function actions(plan, view) {
   ].filter(Boolean);
 }
 
-function cards({ summary, timeline }) {
-  if (!timeline) {
+function cards({ summary, fits }) {
+  if (!fits) {
     const least = summary.minimum_budget_bytes;
     return [
       ["asked for", `${mib(summary.budget_bytes)} MiB`, "for everything"],

@@ -146,7 +146,7 @@ def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
     assert told["minimum_budget_reason"]
     view = served.http.get(f"/v1/plans/{result['plan']}/view").json()
     assert view["plan"] == result["plan"]
-    assert (view["timeline"], view["layers"]) == (None, [])
+    assert (view["fits"], view["layers"]) == (False, [])
     assert "its budget is too small" in view["not_runnable"]
     assert any("smallest" in sentence for sentence in view["gist"])
     run = served.http.post("/v1/runs", json={"plan": result["plan"], "data": "random", "steps": 1})
@@ -157,7 +157,7 @@ def test_a_policy_of_another_gradient_is_planned_where_it_is_named(served, uploa
     assert "mezo" not in served.http.get(f"/v1/profiles/{uploaded}").json()["summary"]["policies"]
     plan = served.result("/v1/plans", profile=uploaded, memory="1GiB", policy="mezo")
     assert plan["summary"]["policy"] == "mezo"
-    assert served.http.get(f"/v1/plans/{plan['plan']}/view").json()["timeline"]
+    assert served.http.get(f"/v1/plans/{plan['plan']}/view").json()["fits"]
 
 
 @pytest.mark.slow
@@ -181,10 +181,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
     assert served.http.get(f"/v1/jobs/{job['id']}").json()["result"]["cells"] == cells
     first, last = cells[0]["plan"], cells[2]["plan"]
     view = served.http.get(f"/v1/plans/{first}/view").json()
-    series = view["timeline"]
-    assert len(series["sizes"]) == len(series["kinds"])
-    assert {len(kind) for kind in series["sizes"]} == {len(series["ends"])}
-    assert max(series["total"]) == pytest.approx(view["summary"]["train"]["peak_bytes"], abs=1 << 17)
+    assert view["peak"]["bytes"] == view["summary"]["peak_bytes"]
     assert sum(part["bytes"] for part in view["peak"]["parts"]) == view["peak"]["bytes"]
     assert len(view["layers"]) == 3
     decided = sum(size for layer in view["layers"] for group in layer["decisions"].values() for size in group.values())

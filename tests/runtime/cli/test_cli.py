@@ -20,6 +20,7 @@ from tightfit.planner.io import load_plan
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import answers, main
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
+from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.common.units import MIB
 from tightfit.runtime.supervision import printing, report_text
 
@@ -498,10 +499,7 @@ def test_ctrl_c_after_planning_costs_no_plan(tightfit, compared, monkeypatch, tm
 
 
 def test_json_has_no_numbers_that_are_none():
-    assert (
-        answers.to_json({"a": [float("inf"), float("nan"), 1.5], "b": Path("x")})
-        == '{"a": [null, null, 1.5], "b": "x"}'
-    )
+    assert to_json({"a": [float("inf"), float("nan"), 1.5], "b": Path("x")}) == '{"a": [null, null, 1.5], "b": "x"}'
 
 
 def run_process(*words, **environment):
