@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -24,9 +24,6 @@ from tightfit.planner.schema import Phase, Plan, tile_tokens
 from tightfit.profiles.models.family import families
 from tightfit.profiles.schema import FrozenRecord
 from tightfit.runtime.engine.training.adapter import table_slice
-
-if TYPE_CHECKING:
-    from tightfit.planner.protocol import Planner
 
 LARGEST = 8
 """tensors named at the peak"""
@@ -258,15 +255,6 @@ def _clipping(plan: Plan) -> Clipping | None:
         seconds=adding + plan.update.seconds / plan.accumulate,
         unclipped_seconds=sum(tensor.update_seconds for tensor in trained),
     )
-
-
-def explanation_of(planner: Planner, plan: Plan, *, time_limit: float) -> Explanation:
-    """The explanation of a plan that `planner` made. That of an infeasible plan comes from the smallest plan of its
-    policy, which may take `time_limit` seconds to find.
-    """
-    if plan.status == "infeasible":
-        return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=time_limit))
-    return account(plan)
 
 
 def shortfall(plan: Plan, smallest: Plan) -> Explanation:

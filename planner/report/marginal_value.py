@@ -6,17 +6,20 @@ from __future__ import annotations
 
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.protocol import Planner
-from tightfit.planner.report.explanation import Explanation, MarginalValue, explanation_of
+from tightfit.planner.report.explanation import Explanation, MarginalValue, account, shortfall
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import TIME_LIMIT, SearchProgress
 
 
 def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
-    """`explanation_of`; for a solver's plan also with the value of memory (`neighbours`), as far as `left` seconds
-    allow.
+    """The explanation of a plan that `planner` made; of a solver's plan with the value of memory (`neighbours`), as far
+    as `left` seconds allow. That of an infeasible plan comes from the smallest plan of its policy, which may take
+    `time_limit` seconds to find.
     """
-    explanation = explanation_of(planner, plan, time_limit=time_limit)
-    if plan.status == "infeasible" or plan.policy != "solver" or left <= 0:
+    if plan.status == "infeasible":
+        return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=time_limit))
+    explanation = account(plan)
+    if plan.policy != "solver" or left <= 0:
         return explanation
     return explanation.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
 

@@ -24,10 +24,10 @@ from urllib.parse import quote
 
 import httpx
 
+from tightfit.planner.comparison import Comparison
 from tightfit.planner.generation.choice import Choice, ChoiceProblem
 from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
-from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.report.explanation import Explanation, account
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions
@@ -241,7 +241,7 @@ class Client:
         max_grad_norm: float | None = None,
         progress: JobProgress | None = None,
     ) -> Comparison:
-        """`tightfit.planner.report.compare.compare`, solved by the service."""
+        """`tightfit.planner.compare.compare`, solved by the service."""
         stored, paths = self._upload_without_paths(profile)
         policies = stored["summary"]["policies"] if policies is None else policies
         request = {

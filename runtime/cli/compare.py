@@ -67,7 +67,7 @@ def compare(
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
     plan_options = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
     enough_for_a_solver()
-    from tightfit.planner.report.compare import compare as compare_plans
+    from tightfit.planner.compare import compare as compare_plans
     from tightfit.profiles.devices.data_sheets import find_device
     from tightfit.profiles.io import load_profile
     from tightfit.runtime.cli.terminal import ComparisonDisplay, messages

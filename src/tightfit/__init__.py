@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tightfit.planner.compare import compare
     from tightfit.planner.io import load_plan, save_plan
     from tightfit.planner.plan import minimum_budget, plan, planner_of
-    from tightfit.planner.report.compare import compare
     from tightfit.planner.report.explain import explain
     from tightfit.planner.schema import Plan
     from tightfit.planner.service.client import connect
@@ -72,7 +72,7 @@ __all__ = [
 _PLACES = {
     "planner.io": ("load_plan", "save_plan"),
     "planner.plan": ("minimum_budget", "plan", "planner_of"),
-    "planner.report.compare": ("compare",),
+    "planner.compare": ("compare",),
     "planner.report.explain": ("explain",),
     "planner.schema": ("Plan",),
     "planner.service.client": ("connect",),

@@ -24,9 +24,9 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).p
 import tables
 from shapes import decoder_profile
 
+from tightfit.planner.compare import compare
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_types import LayeredStep
-from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.realize import realize

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from sample_plans import sample_plan
 from synthetic import SLICE, decoder_like, tables
 
+from tightfit.planner.compare import compare
 from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan, policies_of
@@ -20,7 +21,6 @@ from tightfit.planner.problem.clipping import clipped
 from tightfit.planner.problem.optimizers import ADAFACTOR_BYTES, with_optimizer
 from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_bytes
 from tightfit.planner.problem.tensor_index import TensorIndex
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.summary import plan_summary, update_words
 from tightfit.planner.schema import Phase, Plan

@@ -14,10 +14,10 @@ import pytest
 from layered_graph import layered
 from synthetic import MIB, REAL, decoder_like, device, small_chain
 
+from tightfit.planner.compare import compare
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan, planner_of
 from tightfit.planner.problem.step_graph import step_graph
-from tightfit.planner.report.compare import compare
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.graph_input import graph_profile
 from tightfit.runtime.common.errors import InputError

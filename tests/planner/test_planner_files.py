@@ -11,10 +11,10 @@ from changed_operators import with_operators
 from sample_plans import infeasible_plan, sample_plan
 from synthetic import MIB, device, small_chain
 
+from tightfit.planner.compare import _ComparedPlan, _ComparisonTable, compare
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING, fingerprint, rebudgeted
-from tightfit.planner.report.compare import _ComparedPlan, _ComparisonTable, compare
 from tightfit.planner.report.explain import explain, percent_within
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.profiles.schema import PROFILE_VERSION

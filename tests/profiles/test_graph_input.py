@@ -8,9 +8,9 @@ import pytest
 from broken_plans import changed, rejected
 from places import ROOT
 
+from tightfit.planner.compare import compare
 from tightfit.planner.io import load_plan
 from tightfit.planner.plan import plan
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.profiles.api import load_profile, save_profile

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from spilling_plans import spilling_plan
 from wide_regression import FACTORY, regression
 
+from tightfit.planner.compare import compare
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.summary import profile_summary
 from tightfit.planner.solve.policies import APPROXIMATE, approximate_of, refused_of

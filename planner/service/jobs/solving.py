@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tightfit.planner.compare import compare
 from tightfit.planner.generation.choice import ChoiceProblem
 from tightfit.planner.generation.program import choose_each
 from tightfit.planner.plan import planner_of
 from tightfit.planner.problem.optimizers import chosen
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import explained
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan

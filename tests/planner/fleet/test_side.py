@@ -12,6 +12,7 @@ from changed_operators import with_operators
 from side_networks import BUDGET, side_profile, specs_of
 from tiny_plans import CONFIG, decoder_profile
 
+from tightfit.planner.compare import compare
 from tightfit.planner.fleet.clock import OneWay
 from tightfit.planner.fleet.fleet_planner import plan_side
 from tightfit.planner.fleet.io import load_any, load_member_plan, save_fleet
@@ -20,7 +21,6 @@ from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.plan import minimum_budget, plan
 from tightfit.planner.problem.device_forward import device_forward, message_bytes, sent_tensors
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.models.side_shape import SideShape, chosen_blocks

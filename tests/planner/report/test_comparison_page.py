@@ -10,7 +10,7 @@ from chromium import PATIENCE
 from playwright.sync_api import expect
 from sample_plans import sample_plan, sample_plans
 
-from tightfit.planner.report.compare import compare
+from tightfit.planner.compare import compare
 from tightfit.planner.report.html import comparison_page
 from tightfit.profiles.graph_input import BareGraph, BareOperator, graph_profile
 from tightfit.runtime.common.units import MIB

@@ -10,8 +10,8 @@ from html_page import Page
 from sample_plans import infeasible_plan, sample_plan, sample_plans
 from synthetic import decoder_like
 
+from tightfit.planner.compare import compare
 from tightfit.planner.plan import plan as solve
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.comparison_words import verdicts
 from tightfit.planner.report.html import comparison_page, facts
 from tightfit.profiles.graph_input import BareGraph, BareOperator, graph_profile

@@ -10,13 +10,13 @@ import pytest
 from layered_graph import layered
 from synthetic import decoder_like, device, small_chain
 
+from tightfit.planner.compare import compare
 from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
 from tightfit.planner.graphs.search.subproblem import Subproblem
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import EXACT, ROUNDING, ended_by
-from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.realize import realize
 from tightfit.planner.solve import model_budget_search
 from tightfit.planner.solve.model_search import Solver

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import REAL, decoder_like, deep, device, small_chain
 
+from tightfit.planner.compare import compare
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
-from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
 from tightfit.planner.schedule.prefetch import FreeBytes, facts_of, fast_orders
 from tightfit.planner.schedule.realize import CyclePart, realize, smallest_arena
@@ -371,7 +371,7 @@ def test_fixed_rules_are_held_against_the_bound_of_their_class(monkeypatch):
     weak = told.any_schedule_bound_seconds
     proven = planner.solver.proven[budget]
     assert weak < proven
-    monkeypatch.setattr("tightfit.planner.report.compare.planner_of", lambda _: planner)
+    monkeypatch.setattr("tightfit.planner.compare.planner_of", lambda _: planner)
     # As of a plan under which layers go forward twice.
     plan = planner.plan
 

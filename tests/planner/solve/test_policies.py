@@ -16,10 +16,10 @@ from reference import CONFIGS, all_layers, loss_of, peft_model, relative_error, 
 from safetensors.torch import load
 from tiny_plans import CONFIG, decoder_profile
 
+from tightfit.planner.compare import compare
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.gradients import lcsb_cycle, trained_blocks, two_forwards, without_resting_states
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.schedule.multi_layer_recompute import equal_segments, rerun_layers
 from tightfit.planner.schedule.realize import realize

@@ -17,9 +17,9 @@ from ortools.sat.python import cp_model
 from swallowing import Swallowing
 from synthetic import small_chain
 
+from tightfit.planner.compare import compare
 from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.plan import minimum_budget
-from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
 from tightfit.planner.solvers.cp_sat import single_worker, solved
 from tightfit.planner.solvers.highs import solve_silently

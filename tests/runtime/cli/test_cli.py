@@ -355,7 +355,7 @@ def test_ctrl_c_outside_a_run(tightfit, monkeypatch):
 
 
 def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
-    from tightfit.planner.report import compare as report_compare
+    from tightfit.planner import compare as report_compare
     from tightfit.profiles import io as profiles_io
 
     class Answer:
@@ -425,7 +425,7 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
 @pytest.fixture
 def compared(monkeypatch):
     """Let `compare` answer with the sample plans; how often it was asked."""
-    from tightfit.planner.report import compare as report_compare
+    from tightfit.planner import compare as report_compare
     from tightfit.profiles import io as profiles_io
 
     asked = []
@@ -567,7 +567,7 @@ def test_ctrl_c_after_the_answer_keeps_it(tightfit, planned, monkeypatch, tmp_pa
 
     planned(sample_plan(status="feasible") if status == "feasible" else infeasible_plan("solver"))
     monkeypatch.setattr(marginal_value, "neighbours", interrupted)
-    monkeypatch.setattr(marginal_value, "explanation_of", interrupted)
+    monkeypatch.setattr(marginal_value, "shortfall", interrupted)
     code, out, _ = tightfit("plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json", "--json")
     told = json.loads(out)
     assert (code, told["status"], told["interrupted"]) == (0 if status == "feasible" else 3, status, True)

@@ -17,9 +17,9 @@ import pytest
 from killing import ended
 from synthetic import small_chain
 
-import tightfit.planner.report.compare
+import tightfit.planner.compare
+from tightfit.planner.compare import compare
 from tightfit.planner.model_planner import ModelPlanner
-from tightfit.planner.report.compare import compare
 from tightfit.runtime.common.forked_worker import ForkedWorker, can_be_copied
 
 PATIENCE = 20.0
@@ -247,7 +247,7 @@ def test_a_comparison_is_complete_and_each_plan_told_once(profile, budgets, comp
             pids.append(self._process.pid)
             return entered
 
-    monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
+    monkeypatch.setattr(tightfit.planner.compare, "ForkedWorker", Seen)
     again = compare(
         profile, budgets, ["solver", "mebp"], planned=planned.append, progress=lambda *state: done.append(state[1])
     )
@@ -262,7 +262,7 @@ def test_a_comparison_is_complete_and_each_plan_told_once(profile, budgets, comp
 
 
 def test_on_one_core_a_comparison_is_the_same_and_one_process_works_at_a_time(profile, budgets, compared, monkeypatch):
-    monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 1)
+    monkeypatch.setattr(tightfit.planner.compare, "our_cores", lambda: 1)
     planned = []
     again = compare(profile, budgets, ["solver", "mebp"], planned=lambda plan: planned.append(plan.budget_bytes))
     assert list(dict.fromkeys(planned)) == [*budgets[:-3:-1], *budgets[1::-1], *budgets[4:1:-1]]
@@ -286,12 +286,12 @@ def test_a_comparison_without_another_process(profile, budgets, compared, monkey
             self._process.join()
 
     if alone == "in a thread":
-        monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", None)
+        monkeypatch.setattr(tightfit.planner.compare, "ForkedWorker", None)
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
     else:
-        monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Killed)
+        monkeypatch.setattr(tightfit.planner.compare, "ForkedWorker", Killed)
         work()
     (result,) = results
     assert len(planned) == len(result.plans) == 2 * len(budgets)
@@ -341,12 +341,12 @@ def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, bu
                 time.sleep(0.01)
             waited.append(done)
 
-    cells = tightfit.planner.report.compare._ComparisonTable._cells
+    cells = tightfit.planner.compare._ComparisonTable._cells
     with tempfile.TemporaryDirectory() as folder:
         sent = Path(folder) / "sent"
-        monkeypatch.setattr(tightfit.planner.report.compare._ComparisonTable, "_cells", answers)
-        monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
-        monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
+        monkeypatch.setattr(tightfit.planner.compare._ComparisonTable, "_cells", answers)
+        monkeypatch.setattr(tightfit.planner.compare, "ForkedWorker", Seen)
+        monkeypatch.setattr(tightfit.planner.compare, "our_cores", lambda: 2)
         result = compare(profile, budgets, ["solver"], progress=interrupt)
         assert sent.exists()
     assert waited == [2]
@@ -382,10 +382,10 @@ def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
-    cells = tightfit.planner.report.compare._ComparisonTable._cells
-    monkeypatch.setattr(tightfit.planner.report.compare._ComparisonTable, "_cells", answers)
-    monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
-    monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
+    cells = tightfit.planner.compare._ComparisonTable._cells
+    monkeypatch.setattr(tightfit.planner.compare._ComparisonTable, "_cells", answers)
+    monkeypatch.setattr(tightfit.planner.compare, "ForkedWorker", Seen)
+    monkeypatch.setattr(tightfit.planner.compare, "our_cores", lambda: 2)
     result = compare(profile, budgets, ["solver"], progress=interrupt, planned=planned.append)
     assert (tmp_path / "sent").exists()
     assert [plan.budget_bytes for plan in result.plans] == [budgets[1], *budgets[-2:]]
@@ -393,7 +393,7 @@ def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes
 
 
 def test_ctrl_c_while_plans_are_put_in_order_costs_none(profile, budgets, monkeypatch):
-    seen, monotone = [], tightfit.planner.report.compare._ComparisonTable.monotone
+    seen, monotone = [], tightfit.planner.compare._ComparisonTable.monotone
 
     def interrupted(self):
         if not seen:
@@ -401,7 +401,7 @@ def test_ctrl_c_while_plans_are_put_in_order_costs_none(profile, budgets, monkey
             raise KeyboardInterrupt
         return monotone(self)
 
-    monkeypatch.setattr(tightfit.planner.report.compare._ComparisonTable, "monotone", interrupted)
+    monkeypatch.setattr(tightfit.planner.compare._ComparisonTable, "monotone", interrupted)
     result = compare(profile, budgets[-2:], ["mebp"])
     assert len(seen) == 1
     assert [plan.budget_bytes for plan in result.plans] == budgets[-2:]
@@ -423,6 +423,6 @@ def test_ctrl_c_in_the_last_plan_here_does_not_wait_for_the_other_process(profil
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ModelPlanner, "plan", interrupted)
-    monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
+    monkeypatch.setattr(tightfit.planner.compare, "our_cores", lambda: 2)
     result = compare(profile, budgets, ["solver"], progress=interrupt)
     assert [plan.budget_bytes for plan in result.plans] == budgets[2:]

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tightfit.planner.comparison import Comparison
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import rebudgeted, sealed
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.protocol import Planner
-from tightfit.planner.report.comparison import Comparison
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
     SOLVER,

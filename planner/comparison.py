@@ -1,4 +1,4 @@
-"""Defines `Comparison`: what `tightfit.planner.report.compare.compare` returns, and a service sends."""
+"""Defines `Comparison`: what `tightfit.planner.compare.compare` returns, and a service sends."""
 
 from __future__ import annotations
 
