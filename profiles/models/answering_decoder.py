@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tightfit.profiles.models.answer_steps import MIXTURE, AnswerStep, AnswerSteps, operand_of, refused_answers
+from tightfit.profiles.models.decoder_module import without_values
 from tightfit.profiles.models.experts import Experts
-from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
+from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS
 from tightfit.profiles.tracing.trace import trace_forward
 from tightfit.runtime.common.errors import InputError

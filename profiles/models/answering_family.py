@@ -16,11 +16,11 @@ from tightfit.profiles.models.decoder import (
     Attention,
     DecoderLayer,
     Norm,
-    Table,
     embedding_scale,
     rotary_table,
 )
 from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
+from tightfit.profiles.models.decoder_module import Table
 from tightfit.profiles.schema import Layer, Program
 from tightfit.profiles.tracing.answer_ops import attend
 from tightfit.profiles.tracing.parts import trace_part

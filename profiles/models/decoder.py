@@ -9,64 +9,27 @@ product.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tightfit.profiles.models.decoder_config import DecoderShape
+from tightfit.profiles.models.decoder_module import DecoderModule, Rows, Table
 from tightfit.profiles.models.experts import Experts
-from tightfit.profiles.models.factor import Factor
-from tightfit.profiles.models.lora import OF_EXPERTS, LoraConfig, Pair
+from tightfit.profiles.models.lora import LoraConfig
+from tightfit.profiles.models.projection import Projection
 from tightfit.profiles.models.router_loss import RouterLoss, RouterSums, sums_of_batch
-from tightfit.profiles.models.saved_modules import (
-    SavedModule,
-    TrainedEmbedding,
-    TrainedHead,
-    attach,
-    chosen,
-    slice_rows,
-    stored,
-    trained_copy,
-)
+from tightfit.profiles.models.saved_modules import SavedModule, trained_copy
 from tightfit.profiles.schema import Preference
-from tightfit.profiles.tracing.dora_ops import dora_norm, dora_scale
-from tightfit.profiles.tracing.dropout_ops import dropout, dropout_lora_linear
 from tightfit.profiles.tracing.tile_ops import rotary, tile_attention
-from tightfit.profiles.tracing.torch_ops import (
-    attention,
-    embed_rows,
-    frozen_linear,
-    gated,
-    head_loss,
-    lora_linear,
-    rms_norm,
-)
+from tightfit.profiles.tracing.torch_ops import attention, frozen_linear, gated, rms_norm
 from tightfit.runtime.engine.cpu.rotary import rotary_frequencies
 from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-
-
-HEAD_TOKENS = 2048
-"""tokens whose losses are computed together where tiles are smaller: each part of the batch unpacks the head anew"""
-MATRIX_BYTES = 64 << 20
-"""largest frozen matrix, unpacked, that is read, unpacked and multiplied as a whole; of larger ones, slices are"""
-Pairs = tuple[()] | tuple[Tensor, str, float]
-"""what a loss of pairs takes beside token losses and labels; nothing for the loss of tokens"""
-
-
-def pairs_of(preference: Preference | None, inputs: Sequence[Tensor]) -> tuple[Tensor | None, Pairs]:
-    """(positions, if there are any; what the loss of pairs takes) of a decoder's inputs behind tokens and labels."""
-    if preference is None:
-        return (inputs[0] if inputs else None), ()
-    *positions, answers = inputs
-    return (positions[0] if positions else None), (answers, preference.loss, preference.beta)
 
 
 class Norm(nn.Module):
@@ -77,126 +40,6 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.unit_offset)[0]  # type: ignore[no-any-return]
-
-
-class Magnitude(nn.Module):
-    """The lengths of a projection's rows, which DoRA trains, float32."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, dtype=torch.float32))
-
-
-class Projection(nn.Module):
-    """Frozen x @ W.T (+ bias) plus, where it has a pair, the trained scale * x @ A.T @ B.T; with DoRA the rows of W +
-    scale * B @ A are given trained lengths.
-    """
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32), requires_grad=False) if bias else None
-        self.adaptable = True
-        """Whether it may get a pair."""
-        self.pair: Pair | None = None
-        self.site = 0
-        """Number among the projections of its layer, by which their dropout masks differ."""
-        self.slice_rows = outputs
-        """Rows of the frozen matrix that are read, unpacked and multiplied at a time."""
-
-    def adapt(self, pair: Pair) -> None:
-        """Give it a LoRA pair."""
-        outputs, inputs = self.weight.shape
-        self.pair = pair
-        self.lora_A, self.lora_B = Factor(pair.rank, inputs), Factor(outputs, pair.rank)
-        if pair.dora:
-            self.lora_magnitude_vector = Magnitude(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pair is None:
-            return frozen_linear(x, self.weight, self.bias, self.slice_rows)  # type: ignore[no-any-return]
-        factors = self.lora_A.weight, self.lora_B.weight
-        if self.pair.dora:
-            return self._of_magnitude(x, self.pair)
-        if self.pair.dropout:
-            settings = self.pair.scale, self.pair.dropout, self.site
-            return dropout_lora_linear(x, self.weight, self.bias, *factors, *settings)[0]  # type: ignore[no-any-return]
-        return lora_linear(x, self.weight, self.bias, *factors, self.pair.scale, self.slice_rows)[0]  # type: ignore[no-any-return]
-
-    def _of_magnitude(self, x: Tensor, pair: Pair) -> Tensor:
-        """With dropout, as in PEFT, all that is scaled reads what is left of the input, the frozen weight as well, and
-        only what W x lacks then is not scaled.
-        """
-        left = dropped(x, pair, self.site)
-        factors = self.lora_A.weight, self.lora_B.weight
-        z, _ = lora_linear(left, self.weight, None, *factors, pair.scale, self.slice_rows)
-        # Right after the product, while the unpacked weight is there.
-        norm, _ = dora_norm(self.weight, *factors, pair.scale)
-        magnitude = self.lora_magnitude_vector.weight
-        if not pair.dropout:
-            return dora_scale(z, magnitude, norm, self.bias)[0]  # type: ignore[no-any-return]
-        scaled, _ = dora_scale(z, magnitude, norm, None)
-        return scaled + frozen_linear(x - left, self.weight, self.bias, self.slice_rows)  # type: ignore[no-any-return]
-
-
-def dropped(x: Tensor, pair: Pair, site: int) -> Tensor:
-    """The pair's input x [T, I] after dropout, as a tensor of its own. Without dropout x itself."""
-    return dropout(x, pair.dropout, site) if pair.dropout else x
-
-
-def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> dict[str, Any]:
-    """Give pairs to the projections of a decoder that are chosen; what a profile says of the adapter.
-
-    `model` is its name in messages, `body` what adapters call its layers. Raises InputError as `LoraConfig.chosen`
-    does.
-    """
-    found = {
-        peft_name(name, body): child
-        for name, child in module.named_modules()
-        if isinstance(child, Projection) and child.adaptable
-    }
-    for child, site in zip(found.values(), _sites(found)):
-        child.site = site
-    experts = {
-        peft_name(name, body): child
-        for name, child in module.named_modules()
-        if isinstance(child, Experts) and child.adaptable
-    }
-    chosen_experts = lora.chosen_experts(list(experts), model)
-    parameters = [f"{name}.{parameter}" for name in chosen_experts for parameter in OF_EXPERTS]
-    chosen = lora.chosen(list(found), model, parameters)
-    for name, pair in chosen.items():
-        found[name].adapt(pair)
-    for name, pair in chosen_experts.items():
-        experts[name].adapt(pair)
-    return lora.as_json(list(found), list(chosen), body, list(chosen_experts))
-
-
-def slice_matrices(module: nn.Module, rows: int | None) -> None:
-    """Have the projections of a decoder, which has its pairs, read, unpack and multiply so many rows of their frozen
-    matrices at a time; None: as many as `MATRIX_BYTES` hold. Those with DoRA or dropout take all rows at once, and
-    mixtures whole experts.
-    """
-    for child in module.modules():
-        if isinstance(child, Experts):
-            child.slice(rows, MATRIX_BYTES)
-        if not isinstance(child, Projection) or not child.adaptable:
-            continue
-        if child.pair is not None and (child.pair.dora or child.pair.dropout):
-            continue
-        outputs, inputs = child.weight.shape
-        itemsize = child.weight.dtype.itemsize
-        child.slice_rows = min(outputs, rows or slice_rows(outputs, inputs, itemsize, MATRIX_BYTES))
-
-
-def _sites(names: Iterable[str]) -> Iterator[int]:
-    """Of each projection its number among those of its layer, from 0: the same in all layers that are alike."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        layer = re.match(r".*?\.\d+(?=\.)", name)
-        key = layer[0] if layer else ""
-        yield counts[key]
-        counts[key] += 1
 
 
 @dataclass(frozen=True)
@@ -327,33 +170,19 @@ class DecoderLayer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), *told))  # type: ignore[no-any-return]
 
 
-class Table(nn.Module):
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype), requires_grad=False)
-
-
 class Body(nn.Module):
-    def __init__(self, shape: DecoderShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, attention: type[Attention]) -> None:
         super().__init__()
-        self.embed_tokens = Table(shape.vocab, shape.hidden, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(shape, i, dtype) for i in range(shape.layers))
+        self.embed_tokens = Rows(shape.vocab, shape.hidden, dtype, embedding_scale(shape, dtype))
+        self.layers = nn.ModuleList(DecoderLayer(shape, i, dtype, attention) for i in range(shape.layers))
         self.norm = Norm(shape.hidden, shape)
 
 
-class Decoder(nn.Module):
-    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses
-    float32 [batch * seq]); with a `preference` forward(input_ids, labels, positions, answers), with as many rows as two
-    for each pair.
-
-    labels[b, t] is the token that place t of a row has to predict, or -100 for none. positions[b, t], counted from 0,
-    is that of the token in its sample, of which a row may hold several, one after the other; without it every row is
-    one sample. Padding needs no mask: attention is causal and padded places carry no label. `answers` says which answer
-    of a pair each place belongs to, and what the loss has to know of it
-    (`tightfit.runtime.engine.cpu.preference.preference_loss`). A *tile*, of so many tokens, goes through a layer at a
-    time, and all tiles do before the next layer begins; None: all tokens at once. It is several rows of the batch, or a
-    part of a row, of whose tiles each attends to the keys and values of those before it. `matrix_rows` of a frozen
-    matrix are read, unpacked and multiplied at a time, as `slice_matrices` has it.
+class Decoder(DecoderModule):
+    """A *tile*, of so many tokens, goes through a layer at a time, and all tiles do before the next layer begins; None:
+    all tokens at once. It is several rows of the batch, or a part of a row, of whose tiles each attends to the keys and
+    values of those before it. `matrix_rows` of a frozen matrix are read, unpacked and multiplied at a time, as
+    `slice_matrices` has it. Without `lora` nothing is trained; `attention` is how queries attend.
     """
 
     def __init__(
@@ -361,62 +190,45 @@ class Decoder(nn.Module):
         shape: DecoderShape,
         *,
         dtype: torch.dtype,
-        lora: LoraConfig,
+        lora: LoraConfig | None,
         body: str = BODY,
         preference: Preference | None = None,
         tile: int | None = None,
         matrix_rows: int | None = None,
+        attention: type[Attention] = Attention,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.tile = tile
-        self.dtype = dtype
-        self.model = Body(shape, dtype)
+        self.preference = preference
+        self.model = Body(shape, dtype, attention)
+        self.head_name = "" if shape.tied else HEAD
         if not shape.tied:
             self.lm_head = Table(shape.vocab, shape.hidden, dtype)
-        self.lora = adapt(self, lora, "the model", body)
-        """What a profile says of the adapter."""
-        slice_matrices(self, matrix_rows)
-        self.tables = self._save(lora.modules_to_save, body)
-        """Modules that are trained in full, and the tensors in the store that they start from."""
-        self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)
         coefficient, layers = shape.router_loss, sum(shape.mixtures)
         self.router_loss = None if not coefficient or not layers else RouterLoss(shape.chosen, coefficient, layers)
-        self.preference = preference
-        self.rows_apart: str | None = None
-        """Why samples cannot share rows; None: they can."""
+        starts = EMBEDDING, EMBEDDING if shape.tied else HEAD
+        embedding, head = (
+            SavedModule(name=name, called=peft_name(name, body), weight=f"{start}.weight")
+            for name, start in zip((EMBEDDING, HEAD), starts)
+        )
+        self._train(
+            lora, (embedding, head), model="the model", body=body, matrix_rows=matrix_rows, padding=shape.padding
+        )
 
-    def forward(self, input_ids: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        positions, pairs = pairs_of(self.preference, others)
-        embedded = self._embedded(input_ids)
-        sums = sums_of_batch(self.router_loss, labels, len(embedded))
-        tiles = self._through_layers(embedded, input_ids, positions, sums)
-        loss, token_losses = self._losses(tiles, labels, pairs)
-        return loss if sums is None else loss + sums.loss(), token_losses
+    @property
+    def embedding(self) -> Rows:
+        return self.model.embed_tokens  # type: ignore[no-any-return]
 
-    def _losses(self, tiles: Sequence[Tensor], labels: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """(loss, token losses), given what the last layer made of the tiles."""
-        trained = trained_copy(self.lm_head) if HEAD in self._modules else None
-        if trained is not None:
-            return trained(self.model.norm(_joined(tiles)), labels, *pairs)  # type: ignore[no-any-return]
-        head = self.model.embed_tokens if self.shape.tied else self.lm_head
-        parts = _head_parts(tiles)
-        counted = labels if len(parts) > 1 else None
-        losses, token_losses = [], []
-        for part, own in zip(parts, labels.view(-1).split(labels.numel() // len(parts)), strict=True):
-            hidden = self.model.norm(_joined(part))
-            # Labels of their own make the operators of all parts the same ones: a run then keeps those of one part.
-            own_labels = labels if counted is None else own.clone()
-            made = head_loss(hidden, head.weight, own_labels, self.slice_rows, *pairs, counted=counted)
-            losses.append(made[0])
-            token_losses.append(made[1])
-        return losses[0] if counted is None else torch.stack(losses).sum(), _joined(token_losses)
+    def ended(self, hidden: Tensor) -> Tensor:
+        return self.model.norm(hidden)  # type: ignore[no-any-return]
 
-    def _through_layers(
-        self, tiles: list[Tensor], input_ids: Tensor, positions: Tensor | None, sums: RouterSums | None
-    ) -> list[Tensor]:
-        """What the last layer makes of the embedded tiles; `sums` get the scores of the routers."""
+    def through_layers(
+        self, input_ids: Tensor, positions: Tensor | None, labels: Tensor
+    ) -> tuple[list[Tensor], RouterSums | None]:
         shape, seq = self.shape, input_ids.shape[1]
+        tiles = self._embedded(input_ids)
+        sums = sums_of_batch(self.router_loss, labels, len(tiles))
         places = torch.arange(seq, dtype=torch.float32)
         tables = {rotation: rotary_table(shape, places, *rotation) for rotation in sorted(set(shape.rotations))}
         along_rows = len(tiles[0]) < seq
@@ -430,14 +242,14 @@ class Decoder(nn.Module):
         for number, layer in self.model.layers.named_children():
             window, rotation = shape.windows[int(number)], shape.rotations[int(number)]
             mask = masks.get(window) if window is not None else None
-            made: list[Tensor] = []
+            outputs: list[Tensor] = []
             before: EarlierTiles | None = None
             for tile, positions_of_tile, routed_of_tile in zip(tiles, positions_of_tiles, routed, strict=True):
-                if along_rows and len(made) * len(tile) % seq == 0:  # a row begins
+                if along_rows and len(outputs) * len(tile) % seq == 0:  # a row begins
                     before = EarlierTiles()
-                made.append(layer(tile, *tables[rotation], mask, positions_of_tile, before, routed_of_tile))
-            tiles = made
-        return tiles
+                outputs.append(layer(tile, *tables[rotation], mask, positions_of_tile, before, routed_of_tile))
+            tiles = outputs
+        return tiles, sums
 
     def block_kinds(self) -> list[Hashable]:
         """For each block what its operators and their inputs depend on: whether it is the first one, its tensors,
@@ -468,46 +280,10 @@ class Decoder(nn.Module):
     def _embedded(self, ids: Tensor) -> list[Tensor]:
         """The embeddings [tokens of a tile, hidden] of each tile."""
         size = self.tile or ids.numel()
-        trained = trained_copy(self.model.embed_tokens)
-        if trained is not None:
-            return list(trained(ids).split(size))
-        scale = embedding_scale(self.shape, self.dtype)
-        parts = [ids] if size == ids.numel() else ids.view(-1).split(size)
-        return [embed_rows(self.model.embed_tokens.weight, part, scale) for part in parts]
-
-    def _save(self, wanted: Sequence[str], body: str) -> dict[str, str]:
-        """Put trained copies into the modules that are to be trained in full; what a profile says of them."""
-        shape = self.shape
-        starts = {EMBEDDING: EMBEDDING, HEAD: EMBEDDING if shape.tied else HEAD}
-        tables = [
-            SavedModule(name=name, called=peft_name(name, body), weight=f"{start}.weight")
-            for name, start in starts.items()
-        ]
-        found = chosen(wanted, tables, "the model")
-        for table in found:
-            if table.name == EMBEDDING:
-                scale = embedding_scale(shape, self.dtype)
-                made = TrainedEmbedding(shape.vocab, shape.hidden, self.dtype, scale, shape.padding)
-                attach(self.model.embed_tokens, made)
-                continue
-            if shape.tied:
-                self.add_module(HEAD, nn.Module())
-            attach(self.get_submodule(HEAD), TrainedHead(shape.vocab, shape.hidden))
-        return stored(found)
-
-
-def _joined(tiles: Sequence[Tensor]) -> Tensor:
-    return tiles[0] if len(tiles) == 1 else torch.cat(list(tiles))
-
-
-def _head_parts(tiles: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """The tiles, in equal parts of at most `HEAD_TOKENS` tokens, but of one tile at least; all in one where there is
-    one tile.
-    """
-    together = max(1, min(HEAD_TOKENS // len(tiles[0]), len(tiles)))
-    while len(tiles) % together:
-        together -= 1
-    return [tiles[start : start + together] for start in range(0, len(tiles), together)]
+        whole = size == ids.numel() or trained_copy(self.embedding) is not None
+        parts = [ids] if whole else ids.view(-1).split(size)
+        rows = [self.embedding(part).view(-1, self.shape.hidden) for part in parts]
+        return list(rows[0].split(size)) if whole and size < ids.numel() else rows
 
 
 def embedding_scale(shape: DecoderShape, dtype: torch.dtype) -> float:

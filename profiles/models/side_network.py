@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import Norm, Table
+from tightfit.profiles.models.decoder import Norm
 from tightfit.profiles.models.decoder_config import DecoderShape
+from tightfit.profiles.models.decoder_module import Table
 from tightfit.profiles.models.factor import Factor
 from tightfit.profiles.models.saved_modules import slice_rows
 from tightfit.profiles.models.side_shape import SideShape

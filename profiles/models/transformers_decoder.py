@@ -28,24 +28,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import Pairs, adapt, pairs_of, slice_matrices
 from tightfit.profiles.models.decoder_facts import DecoderFacts, FrozenTensor, buffer_value
+from tightfit.profiles.models.decoder_module import DecoderModule
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.router_loss import RouterSums, sums_of_batch
-from tightfit.profiles.models.saved_modules import (
-    PART,
-    SavedModule,
-    TrainedEmbedding,
-    TrainedHead,
-    attach,
-    chosen,
-    slice_rows,
-    stored,
-    trained_copy,
-)
+from tightfit.profiles.models.saved_modules import PART, SavedModule
 from tightfit.profiles.models.transformers_config import (
     encoder_decoder,
     experts,
@@ -79,7 +68,7 @@ from tightfit.profiles.models.transformers_kernels import (
     replace_norm,
 )
 from tightfit.profiles.schema import POSITIONS, Preference
-from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss, loss_of_tokens
+from tightfit.profiles.tracing.torch_ops import MOST_CAP
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
@@ -87,8 +76,6 @@ NOT_OURS = ("adapter_body", "adapter_base", "model_type", "wrapper_type")
 """Fields of a source's config that are not the model's own settings."""
 MOST_BUFFER_BYTES = 1 << 20
 """Larger buffers are masks and tables that transformers keeps from earlier versions, and are not stored."""
-CAPPED_SLICES = 4
-"""How many times larger the slices of a head are whose logits are capped."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = "DeltaNet|Mamba|ShortConv|Recurrent|Retention|Rwkv"
 """What is in the names of transformers' classes that carry a state from token to token."""
@@ -99,16 +86,11 @@ LONG = "long_inv_freq"
 for."""
 
 
-class AnyDecoder(nn.Module):
-    """forward(input_ids [batch, seq], labels [batch, seq], positions [batch, seq]) -> (loss float32 [], token losses
-    float32 [batch * seq]).
-
-    labels, positions, what follows with a `preference`, and `matrix_rows` are as in
-    `tightfit.profiles.models.decoder.Decoder`; a model whose samples cannot share rows takes no positions
-    (`rows_apart`). Dropout of the base model is off. The parameters have no values: use it under
-    `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora` nothing is trained. `longest` is the
-    length of sequences for which rotary frequencies are chosen, where it is not `seq`: an answer's steps have those of
-    the whole answer.
+class AnyDecoder(DecoderModule):
+    """A model whose samples cannot share rows takes no positions (`rows_apart`). Dropout of the base model is off. The
+    parameters have no values: use it under `torch._subclasses.FakeTensorMode`, after `without_values`. Without `lora`
+    nothing is trained. `longest` is the length of sequences for which rotary frequencies are chosen, where it is not
+    `seq`: an answer's steps have those of the whole answer.
 
     Raises InputError for a config that transformers does not take, and for models that are refused.
     """
@@ -126,60 +108,61 @@ class AnyDecoder(nn.Module):
     ) -> None:
         super().__init__()
         with refused_in_its_words(config.get("model_type")):
-            made = _built(config, dtype)
-            self.cap, self.scale = _head(made)
-            _choose_frequencies(made, longest or seq)
-        body = getattr(made, made.base_model_prefix)
+            theirs = _built(config, dtype)
+            self.cap, self.scale = _head(theirs)
+            _choose_frequencies(theirs, longest or seq)
+        body = getattr(theirs, theirs.base_model_prefix)
         self.model = body
-        head = made.get_output_embeddings()
-        tied = head.weight is made.get_input_embeddings().weight
-        self.head_name = "" if tied else next(name for name, child in made.named_modules() if child is head)
+        head = theirs.get_output_embeddings()
+        tied = head.weight is theirs.get_input_embeddings().weight
+        self.head_name = "" if tied else next(name for name, child in theirs.named_modules() if child is head)
         sizes = [getattr(child, key, None) for child in body.modules() for key in ("head_dim", "head_size")]
         self.context = Context(seq=seq, widest=max((size for size in sizes if isinstance(size, int)), default=2))
         self.recognition = Recognition(body, self.context)
-        told_body = config.get("adapter_body", BODY)
-        savable, padding = _savable(made, told_body), made.get_input_embeddings().padding_idx
-        names = [peft_name(_our_name(one, made.base_model_prefix), told_body) for one, _ in made.named_modules()]
+        body_name = config.get("adapter_body", BODY)
+        savable, padding = _savable(theirs, body_name), theirs.get_input_embeddings().padding_idx
+        modules = [
+            peft_name(_our_name(name, theirs.base_model_prefix), body_name) for name, _ in theirs.named_modules()
+        ]
         _replace(body, dtype, self.context)
-        self.router_loss = router_loss_of(made)
+        self.router_loss = router_loss_of(theirs)
         self._sums: RouterSums | None = None
         """of the forward that runs"""
-        for router, output in routers_of(made) if self.router_loss else ():
+        for router, output in routers_of(theirs) if self.router_loss else ():
             router.register_forward_hook(functools.partial(self._routed, output))
+        # Our operators for a head in slices have no bias.
         self.whole_head = head.bias is not None or (self.cap or 0.0) > MOST_CAP
-        """Whether all logits are in memory at once: our operators for a head in slices have no bias."""
         if not tied or head.bias is not None:
             rows, width = head.weight.shape
             with torch.device("meta"):
                 ours = FlatProjection(width, rows, head.bias is not None, dtype)
             ours.adaptable = False
             if tied:
-                ours.weight = body.get_input_embeddings().weight
-            self.head_name = next(name for name, child in made.named_modules() if child is head)
+                ours.weight = self.embedding.weight
+            self.head_name = next(name for name, child in theirs.named_modules() if child is head)
             setattr(self, self.head_name, ours)
-        name = str(config.get("model_type"))
-        with torch.device("meta"):
-            self.lora = {} if lora is None else adapt(self, lora, f"the {name} model", told_body)
-            """What a profile says of the adapter."""
-            if lora is not None:
-                slice_matrices(self, matrix_rows)
-            self.trained_head = ""
-            """Name of the head if it is trained in full."""
-            found = chosen(() if lora is None else lora.modules_to_save, savable, f"the {name} model", names)
-            self.tables = stored(found)
-            """Modules that are trained in full, and the tensors in the store that they start from."""
-            for table in found:
-                self._save(table.name, is_head=table is savable[1], vocabulary=head.weight.shape[0], padding=padding)
-        self.slice_rows = slice_rows(head.weight.shape[0], head.weight.shape[1], dtype.itemsize)
-        if self.cap is not None:  # each slice takes a dozen operators, not one
-            self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
         self.mixing = _mixing(body)
         self.preference = preference
-        self.rows_apart: str | None = None
-        """Why samples cannot share rows; None: they can. It is found out by `learn_rows`."""
+        with torch.device("meta"):
+            self._train(
+                lora,
+                savable,
+                model=f"the {config.get('model_type')} model",
+                body=body_name,
+                matrix_rows=matrix_rows,
+                padding=padding,
+                modules=modules,
+            )
         self.eval()
         for parameter_name, parameter in self.named_parameters():
             parameter.requires_grad_(".lora_" in parameter_name or f".{PART}." in parameter_name)
+
+    @property
+    def embedding(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def ended(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale if self.scale != 1.0 else hidden
 
     def learn_rows(self, sample: Mapping[str, Tensor]) -> None:
         """Find out whether samples can share rows, from a forward on `sample`, under a FakeTensorMode."""
@@ -200,53 +183,20 @@ class AnyDecoder(nn.Module):
         elif self.context.attended != layers:
             self.rows_apart = f"attention is recognised in {self.context.attended} of its {layers} layers"
 
-    def _save(self, name: str, *, is_head: bool, vocabulary: int, padding: int | None) -> None:
-        """Put a trained copy into the embedding or the head."""
-        embedding = self.model.get_input_embeddings()
-        rows, width = embedding.weight.shape
-        if not is_head:
-            attach(embedding, TrainedEmbedding(rows, width, embedding.weight.dtype, embedding.scale, padding))
-            return
-        self.trained_head = name
-        if name not in self._modules:
-            self.add_module(name, nn.Module())
-        attach(getattr(self, name), TrainedHead(vocabulary, width, self.cap))
-
-    def forward(self, input_ids: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        positions, pairs = pairs_of(self.preference, others)
-        told = {} if positions is None else {"position_ids": positions}
+    def through_layers(
+        self, input_ids: Tensor, positions: Tensor | None, labels: Tensor
+    ) -> tuple[list[Tensor], RouterSums | None]:
+        given = {} if positions is None else {"position_ids": positions}
         self._sums = sums_of_batch(self.router_loss, labels)
         with self.recognition.active(positions):
-            made = self.model(input_ids=input_ids, use_cache=False, **told)
-        loss, token_losses = self._losses(made, labels, pairs)
-        return loss if self._sums is None else loss + self._sums.loss(), token_losses
+            outputs = self.model(input_ids=input_ids, use_cache=False, **given)
+        return [outputs[0].reshape(-1, outputs[0].shape[-1])], self._sums
 
     def _routed(self, output: int, router: nn.Module, given: Any, made: Any) -> None:
         """Sum up the scores that a router has made."""
         if self._sums is not None:
             scores = made[output] if isinstance(made, tuple) else made
             self._sums.add(scores.reshape(len(self._sums.counted), -1))
-
-    def _losses(self, made: Any, labels: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """(loss, token losses), given what the body makes."""
-        hidden = made[0].reshape(-1, made[0].shape[-1])
-        if self.scale != 1.0:
-            hidden = hidden * self.scale
-        if self.trained_head:
-            return trained_copy(getattr(self, self.trained_head))(hidden, labels, *pairs)  # type: ignore[misc, no-any-return]
-        head = getattr(self, self.head_name) if self.head_name else self.model.get_input_embeddings()
-        if not self.whole_head and self.cap is not None:
-            loss, token_losses, _ = capped_head_loss(hidden, head.weight, labels, self.slice_rows, self.cap, *pairs)
-            return loss, token_losses
-        if not self.whole_head:
-            loss, token_losses, _ = head_loss(hidden, head.weight, labels, self.slice_rows, *pairs)
-            return loss, token_losses
-        logits = (head(hidden) if self.head_name else F.linear(hidden, head.weight)).float()
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        flat = labels.reshape(-1)
-        token_losses = F.cross_entropy(logits, flat, ignore_index=-100, reduction="none")
-        return loss_of_tokens(token_losses, labels, *pairs), token_losses
 
 
 def _mixing(body: nn.Module) -> str:
@@ -256,25 +206,6 @@ def _mixing(body: nn.Module) -> str:
         if isinstance(child, CONVOLUTIONS) or re.search(RECURRENT, name):
             return name
     return ""
-
-
-def without_values(module: nn.Module) -> nn.Module:
-    """Replace parameters and buffers by empty ones, shared where they were: under a FakeTensorMode, fake ones."""
-    made: dict[int, Tensor] = {}
-
-    def empty(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            bare = torch.empty(tensor.shape, dtype=tensor.dtype)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(bare, requires_grad=tensor.requires_grad) if is_parameter else bare
-        return made[id(tensor)]
-
-    for child in module.modules():
-        for held in (child._parameters, child._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    held[name] = empty(tensor)  # type: ignore[assignment]
-    return module
 
 
 @functools.lru_cache(maxsize=8)

@@ -29,10 +29,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import Projection, window_mask
-from tightfit.profiles.models.saved_modules import trained_copy
+from tightfit.profiles.models.decoder import window_mask
+from tightfit.profiles.models.decoder_module import Rows
+from tightfit.profiles.models.projection import Projection
 from tightfit.profiles.tracing.answer_ops import attend
-from tightfit.profiles.tracing.torch_ops import attention, embed_rows, gated, rms_norm
+from tightfit.profiles.tracing.torch_ops import attention, gated, rms_norm
 from tightfit.runtime.common.errors import InputError
 
 NAME = "tightfit"
@@ -80,22 +81,6 @@ class FlatNorm(nn.Module):
         x = x.transpose(1, 2) if turned else x
         made: Tensor = rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps, self.unit_offset)[0].view(x.shape)
         return made.transpose(1, 2) if turned else made
-
-
-class Rows(nn.Module):
-    """An embedding whose rows are gathered from the store, or that is trained: ids [...] -> [..., width], times
-    `scale`.
-    """
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype), requires_grad=False)
-        self.scale = scale
-
-    def forward(self, ids: Tensor) -> Tensor:
-        trained = trained_copy(self)
-        made: Tensor = embed_rows(self.weight, ids, self.scale) if trained is None else trained(ids)
-        return made.view(*ids.shape, self.weight.shape[1])
 
 
 @dataclass

@@ -15,8 +15,7 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.progress import Progress
 
 if TYPE_CHECKING:  # these import PyTorch
-    from tightfit.profiles.models.decoder import Decoder
-    from tightfit.profiles.models.transformers_decoder import AnyDecoder
+    from tightfit.profiles.models.decoder_module import DecoderModule
     from tightfit.profiles.tracing.trace import Trace
 
 BETA = 0.1
@@ -42,7 +41,7 @@ class DecoderStep(ProfiledStep):
             )
         self.tile = _tile(options, self.batch, self.seq)
         self.matrix_rows = _matrix_rows(options)
-        self._decoder: Decoder | AnyDecoder | None = None
+        self._decoder: DecoderModule | None = None
 
     def settings(self, report: Progress) -> list[Any]:
         return [

@@ -6,10 +6,11 @@ What is traced takes its time layer by layer, and equal layers give the same pro
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
+from typing import Protocol
 
 from tightfit.profiles.schema import Layer, Program
 from tightfit.profiles.tracing.trace import Trace, global_tensors
@@ -18,6 +19,25 @@ BLOCK = re.compile(r"(?<![\w.])model\.layers\.(\d+)(?=[./#:@)]|$)")
 """the block of the decoder that a name speaks of"""
 BETWEEN = re.compile(r"(?<![\w.])between\.(\d+)(?=[/#:@)]|$)")
 """a stretch between named layers, by its number among all of them"""
+
+
+class Blocks(Protocol):
+    """A decoder whose blocks have numbers."""
+
+    def block_kinds(self) -> Sequence[Hashable]: ...
+
+    def keep_blocks(self, numbers: Collection[int]) -> None: ...
+
+
+def traced_by_kinds(decoder: Blocks, trace: Callable[[], Trace]) -> Trace:
+    """What `trace` makes of a decoder, in which one block of each kind is left, completed by all others; of one that
+    tells no kinds all blocks are traced.
+    """
+    stand_ins = representatives(decoder.block_kinds())
+    if not stand_ins:
+        return trace()
+    decoder.keep_blocks(stand_ins)
+    return with_all_blocks(trace(), stand_ins)
 
 
 def representatives(kinds: Sequence[Hashable]) -> list[int]:

@@ -44,11 +44,12 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.measuring.whole_step import run_step
+from tightfit.profiles.models.decoder_module import without_values
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
+from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.transformers_source import any_directory_source
-from tightfit.profiles.steps.decoder_trace import trace_any_decoder
+from tightfit.profiles.steps import decoder_trace
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
@@ -80,7 +81,7 @@ class Case:
         self.body = self.source.config.get("adapter_body", BODY)
         lora = LoraConfig(rank=RANK, alpha=ALPHA, experts=experts)
         self.traced: Trace
-        self.traced, decoder = trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)
+        self.traced, decoder = decoder_trace.trace_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)
         self.rows_apart = decoder.rows_apart
         self.weights = stored_weights(build_store(self.source, folder / "stores"))
         generator = torch.Generator().manual_seed(1)

@@ -49,8 +49,9 @@ from tightfit.planner.solve.policies import approximate_of
 from tightfit.profiles.api import profile
 from tightfit.profiles.models import saved_modules
 from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.models.decoder_module import without_values
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
+from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts
 from tightfit.profiles.schema import Profile
 from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError

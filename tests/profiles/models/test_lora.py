@@ -14,7 +14,7 @@ from reference import CONFIGS, MIXTURE
 from torch._subclasses import FakeTensorMode
 
 from tightfit.profiles.models import lora
-from tightfit.profiles.models.decoder import Decoder, Projection
+from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import WRAPPED_BODY, decoder_shape
 from tightfit.profiles.models.lora import (
     NEUTRAL,
@@ -28,6 +28,7 @@ from tightfit.profiles.models.lora import (
     layer_number,
     layer_numbers,
 )
+from tightfit.profiles.models.projection import Projection
 from tightfit.profiles.models.transformers_decoder import AnyDecoder
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG, adapter_config

@@ -9,9 +9,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from traced import trace_step
 
-from tightfit.profiles.models import saved_modules, transformers_decoder
+from tightfit.profiles.models import decoder_module, saved_modules
+from tightfit.profiles.models.decoder_module import without_values
 from tightfit.profiles.models.lora import LoraConfig
-from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
+from tightfit.profiles.models.transformers_decoder import AnyDecoder
 from tightfit.profiles.models.transformers_kernels import computes_linear, fuse_gate, replace_embedding, replace_norm
 from tightfit.profiles.tracing.torch_ops import capped_head_loss
 
@@ -147,7 +148,7 @@ def test_capped_logits_in_slices_give_the_loss_and_gradient_of_the_whole(slice_r
 @pytest.mark.slow
 def test_a_capped_head_reads_its_weight_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saved_modules, "SLICE_BYTES", 1024)
-    monkeypatch.setattr(transformers_decoder, "CAPPED_SLICES", 1)
+    monkeypatch.setattr(decoder_module, "CAPPED_SLICES", 1)
     config = {
         "model_type": "gemma2", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,

@@ -101,11 +101,11 @@ def test_bfloat16_sums_of_slices_are_as_exact_as_the_whole_product() -> None:
 
 @pytest.mark.slow
 def test_a_whole_matrix_is_cut_by_itself_where_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tightfit.profiles.models import decoder
+    from tightfit.profiles.models import projection
 
     config = CONFIGS["llama"] | {"intermediate_size": 1024}
     width = config["hidden_size"]
-    monkeypatch.setattr(decoder, "MATRIX_BYTES", 256 * width * 2)
+    monkeypatch.setattr(projection, "MATRIX_BYTES", 256 * width * 2)
     traced = trace_decoder(config, torch.bfloat16, BATCH, SEQ)
     assert slices_of(traced, "model.layers.0.mlp.gate_proj.weight") == [(256, width)] * 4
     assert slices_of(traced, "model.layers.0.self_attn.q_proj.weight") == [(width, width)]

@@ -21,7 +21,7 @@ from traced import (
     trace_decoder,
 )
 
-from tightfit.profiles.models import decoder
+from tightfit.profiles.models import decoder_module
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Operator, Program
@@ -51,7 +51,7 @@ def test_float32_loss_and_lora_gradients_match_autograd(
     family: str, tile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same samples in transformers and peft. The head takes two tiles at a time where these are small."""
-    monkeypatch.setattr(decoder, "HEAD_TOKENS", 32)
+    monkeypatch.setattr(decoder_module, "HEAD_TOKENS", 32)
     config = (CONFIGS | VARIANTS)[family]
     weights, data = random_weights(config, torch.float32), random_batch(config, BATCH, SEQ)
     traced = trace_decoder(config, torch.float32, BATCH, SEQ, tile=TILES[tile])

@@ -11,8 +11,8 @@ import torch
 from largest_storage import LargestStorage
 from reference import relative_error
 
-from tightfit.profiles.models.decoder import dropped
 from tightfit.profiles.models.lora import Pair
+from tightfit.profiles.models.projection import dropped
 from tightfit.profiles.tracing.dropout_ops import dropout_lora_linear
 from tightfit.profiles.tracing.torch_ops import frozen_linear
 from tightfit.runtime.engine.cpu import dropout as kernels
