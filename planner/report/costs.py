@@ -57,17 +57,6 @@ class Cost:
         return self.read_bytes + self.write_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class RepeatedOperator:
-    """An operator that runs again."""
-
-    layer: str
-    program: str
-    operator: str
-    """its target"""
-    seconds: float
-
-
 class CostLedger:
     """A plan's tensors and programs, and what its decisions cost."""
 
@@ -75,18 +64,6 @@ class CostLedger:
         self.plan = plan
         self.index = TensorIndex(plan)
         self.programs = {layer.name: layer.program for layer in plan.layers}
-
-    def repeated(self) -> list[RepeatedOperator]:
-        """Operators of the training step that run again, in order."""
-        return [
-            RepeatedOperator(
-                layer=layer,
-                program=self.programs[layer],
-                operator=self.index.operators[layer][position].target,
-                seconds=self.index.operators[layer][position].seconds,
-            )
-            for layer, position in self._again()
-        ]
 
     def ran(self) -> list[Operator]:
         """Every operator of the training step, as often as it runs, in order."""
@@ -96,7 +73,8 @@ class CostLedger:
         """(layer, position of an operator there) of each run, in order."""
         return [(entry.layer, entry.operator) for entry in self._instructions() if isinstance(entry, Run)]
 
-    def _again(self) -> list[tuple[str, int]]:
+    def again(self) -> list[tuple[str, int]]:
+        """The same of operators that run again."""
         ran: set[tuple[str, int]] = set()
         repeated = []
         for run in self._runs():
@@ -121,7 +99,7 @@ class CostLedger:
             cost = costs.get(name) or Cost(kind=tensors[name].kind, bytes=tensors[name].bytes, decision=None)
             costs[name] = replace(cost, **{field: getattr(cost, field) + extra for field, extra in more.items()})
 
-        for layer, position in self._again():
+        for layer, position in self.again():
             names = self.index.outputs(layer, position)
             # The seconds of an operator with several outputs are charged to the first one decided to be recomputed, or
             # else to its first.

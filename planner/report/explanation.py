@@ -329,11 +329,12 @@ def _recomputation(plan: Plan, train: Phase, ledger: CostLedger, costs: dict[str
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     by_layer: dict[str, float] = defaultdict(float)
-    for run in ledger.repeated():
-        key = (run.program, run.operator)
-        groups[key].append(run.seconds)
-        layers[key].add(run.layer)
-        by_layer[run.layer] += run.seconds
+    for layer, position in ledger.again():
+        operator = ledger.index.operators[layer][position]
+        key = (ledger.programs[layer], operator.target)
+        groups[key].append(operator.seconds)
+        layers[key].add(layer)
+        by_layer[layer] += operator.seconds
     dropped = {name: cost.bytes for name, cost in costs.items() if cost.decision == "recomputed"}
     bound_names = {name for layer in plan.layers for name in layer.bindings.values()}
     operators = [

@@ -14,11 +14,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.chart_data import curve_of, shared_files
 from tightfit.planner.report.comparison_words import table_rows, verdicts
+from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import nearness
 from tightfit.planner.report.explanation import account
-from tightfit.planner.report.html_diff import diff_section
 from tightfit.planner.report.memory_categories import (
     budgets_of,
     devices_of,
@@ -38,6 +39,8 @@ from tightfit.runtime.common.units import format_seconds, format_size, unit_of
 
 MOMENTS = 24
 """slices of the table under a timeline"""
+CHANGES = 300
+"""changes listed in the difference of two plans; the rest are in the sums above them"""
 
 
 def comparison_page(plans: Sequence[Plan]) -> str:
@@ -76,7 +79,7 @@ def comparison_page(plans: Sequence[Plan]) -> str:
             "curves": [curve_of(device_plans, names) for device_plans in by_device],
             "timelines": [packed_columns(plan) for plan in drawable],
         },
-        diff=diff_section(ordered),
+        diff=_difference(drawable),
     )
 
 
@@ -126,6 +129,27 @@ def _article(plan: Plan) -> dict[str, Any]:
         "moments": slices,
         # three, and more where these would not tell the moments of the step apart
         "decimals": max(3, 2 - math.floor(math.log10(step))) if 0 < step < 1 else 3,
+    }
+
+
+def _difference(plans: Sequence[Plan]) -> dict[str, Any] | None:
+    """The section on the difference of two plans, with the first two's changes; a script makes those of any other two
+    out of what their timelines draw. None where there are fewer than two plans.
+    """
+    if len(plans) < 2:
+        return None
+    several = len(devices_of(plans)) > 1
+    changes = diff(plans[0], plans[1])
+    return {
+        "labels": [
+            f"{plan.policy} at {format_size(plan.budget_bytes)}" + (f" on {plan.device.name}" if several else "")
+            for plan in plans
+        ],
+        "unit": unit_of(max(tensor.bytes for tensor in TensorIndex(plans[0]).tensors.values())),
+        "groups": grouped(changes),
+        "changes": changes[:CHANGES],
+        "limit": CHANGES,
+        "more": max(0, len(changes) - CHANGES),
     }
 
 

@@ -212,12 +212,13 @@ def _decided(plan: Plan, ledger: CostLedger, names: _Names) -> dict[str, list[An
     """Of each tensor that was decided on or that costs anything: the decision, what it costs per step, and what the
     other ways would.
 
-    `make` is the seconds of making it once more (of a weight: of unpacking it), `move` those of the channel for moving
-    it there and back (of a weight: of reading it once); None where that cannot be.
+    `moved` are the bytes read and written. `make` is the seconds of making it once more (of a weight: of unpacking it),
+    `move` those of the channel for moving it there and back (of a weight: of reading it once); None where that cannot
+    be.
     """
     decisions = _Names()
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("tensor", "decision", "recompute", "unpack", "read", "write", "make", "move")
+        name: [] for name in ("tensor", "decision", "recompute", "unpack", "read", "write", "moved", "make", "move")
     }
     for name, cost in ledger.costs().items():
         if name not in ledger.index.tensors:
@@ -230,6 +231,7 @@ def _decided(plan: Plan, ledger: CostLedger, names: _Names) -> dict[str, list[An
             "unpack": _short(cost.unpack_seconds),
             "read": _short(cost.read_seconds),
             "write": _short(cost.write_seconds),
+            "moved": cost.moved_bytes,
             "make": _short(make),
             "move": _short(move),
         }
@@ -239,4 +241,4 @@ def _decided(plan: Plan, ledger: CostLedger, names: _Names) -> dict[str, list[An
 
 
 def _short(seconds: float | None) -> float | None:
-    return None if seconds is None else float(f"{seconds:.4g}")
+    return None if seconds is None else float(f"{seconds:.6g}")

@@ -9,8 +9,11 @@ from axe_playwright_python.sync_playwright import Axe
 from chromium import PATIENCE
 from playwright.sync_api import expect
 from sample_plans import sample_plan, sample_plans
+from synthetic import decoder_like
 
 from tightfit.planner.compare import compare
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.html import comparison_page
 from tightfit.profiles.graph_input import BareGraph, BareOperator, graph_profile
 from tightfit.runtime.common.units import MIB
@@ -280,6 +283,27 @@ def test_budgets_that_nothing_fits_are_crossed_all_the_same(opened):
     page = opened([plan for plan in sample_plans() if plan.status == "infeasible"])
     assert page.locator(".misfit").count() == 4
     assert page.locator("svg circle").count() == 0
+
+
+def test_any_two_plans_are_compared_tensor_by_tensor(opened):
+    """By the page's script as by `diff`."""
+    planner = ModelPlanner(decoder_like(2, tokens=128, slices=2, slice_rows=512))
+    made = [planner.plan(1 << 30, policy=policy) for policy in ("keep-all", "checkpoint-layers", "mebp")]
+    page, changes = opened(made), diff(made[0], made[2])
+    page.select_option("#pair [name=second]", "2")
+    expect(page.locator("#diff-pair")).to_have_text("keep-all at 1024.0 MiB → mebp at 1024.0 MiB")
+    rows = [row.locator("th, td").all_inner_texts() for row in page.locator("#diff-rows tr").all()]
+    assert [row[0] for row in rows] == [change.name for change in changes]
+    assert [row[1] for row in rows] == [
+        before if before == after else f"{before} → {after}"
+        for before, after in [(change.before or "–", change.after or "–") for change in changes]
+    ]
+    for column, name in enumerate(("compute_seconds", "transfer_seconds"), 3):
+        shown = sum(float(row[column]) for row in rows) / 1000
+        assert shown == pytest.approx(sum(getattr(change, name) for change in changes), abs=1e-5 * len(rows))
+    assert page.locator("#diff-sums tr").count() == len(grouped(changes))
+    page.select_option("#pair [name=first]", "2")
+    expect(page.locator("#diff-pair")).to_have_text(re.compile(": the same$"))
 
 
 def test_without_a_script_the_tables_say_everything(browser, tmp_path):

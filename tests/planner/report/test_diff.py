@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 
 import pytest
@@ -118,15 +120,16 @@ def test_the_page_draws_one_diff_and_carries_the_data_of_all(plans):
     options = [e["text"] for e in page.find("option")]
     assert options == [f"{plan.policy} at 1024.0 MiB" for plan in plans] * 2
     assert [e["value"] for e in page.find("option") if "selected" in e] == ["0", "1"]
-    data = json.loads(page.find("script", id="diff-data")[0]["text"])
-    for plan, told in zip(plans, data["plans"], strict=True):
-        decided = {n: data["decisions"][d] for n, d in zip(data["names"], told["decisions"], strict=True) if d >= 0}
-        assert decided == plan.decisions
-        assert sum(told["compute"]) / 1e6 == pytest.approx(
-            plan.train.recompute_seconds + plan.train.unpack_seconds, abs=1e-7 * len(data["names"])
-        )
-        assert sum(told["moved"]) == plan.train.read_bytes + plan.train.write_bytes
-        assert len(told["transfer"]) == len(data["bytes"]) == len(data["kinds"]) == len(data["names"])
+    packed = json.loads(page.find("script", id="drawn")[0]["text"])["timelines"]
+    for plan, columns in zip(
+        plans, [json.loads(gzip.decompress(base64.b64decode(one))) for one in packed], strict=True
+    ):
+        decided, names = columns["decided"], columns["tensors"]["name"]
+        entries = list(zip(decided["tensor"], decided["decision"], strict=True))
+        assert {names[t]: decided["decisions"][d] for t, d in entries if d >= 0} == plan.decisions
+        compute = sum(decided["recompute"]) + sum(decided["unpack"])
+        assert compute == pytest.approx(plan.train.recompute_seconds + plan.train.unpack_seconds, rel=1e-5)
+        assert sum(decided["moved"]) == plan.train.read_bytes + plan.train.write_bytes
 
 
 def test_one_plan_has_nothing_to_differ_from(plans):
