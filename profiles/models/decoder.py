@@ -282,7 +282,7 @@ class Decoder(DecoderModule):
         size = self.tile or ids.numel()
         whole = size == ids.numel() or trained_copy(self.embedding) is not None
         parts = [ids] if whole else ids.view(-1).split(size)
-        rows = [self.embedding(part).view(-1, self.shape.hidden) for part in parts]
+        rows = [self.embedding.flat(part) for part in parts]
         return list(rows[0].split(size)) if whole and size < ids.numel() else rows
 
 

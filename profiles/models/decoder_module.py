@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tightfit.profiles.models.answer_steps import MIXTURE
+from tightfit.profiles.models.experts import Experts
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.projection import adapt, slice_matrices
 from tightfit.profiles.models.router_loss import RouterLoss, RouterSums
@@ -52,9 +54,12 @@ class Rows(Table):
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self.flat(ids).view(*ids.shape, self.weight.shape[1])
+
+    def flat(self, ids: Tensor) -> Tensor:
+        """The same [number of ids, columns]."""
         trained = trained_copy(self)
-        made: Tensor = embed_rows(self.weight, ids, self.scale) if trained is None else trained(ids)
-        return made.view(*ids.shape, self.weight.shape[1])
+        return embed_rows(self.weight, ids, self.scale) if trained is None else trained(ids)  # type: ignore[no-any-return]
 
 
 class DecoderModule(nn.Module):
@@ -146,6 +151,10 @@ class DecoderModule(nn.Module):
 
     def keep_blocks(self, numbers: Collection[int]) -> None:
         """Leave out all blocks but these, which keep their numbers."""
+
+    def refuse_by_modules(self) -> str | None:
+        """Why its modules cannot answer with a cache; None: nothing speaks against them."""
+        return MIXTURE if any(isinstance(child, Experts) for child in self.modules()) else None
 
     @abstractmethod
     def through_layers(

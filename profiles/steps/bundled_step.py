@@ -14,7 +14,7 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.progress import Progress
 
 if TYPE_CHECKING:
-    from tightfit.profiles.tracing.trace import Trace
+    from tightfit.profiles.tracing.traced import Trace
 
 MEASURING = (
     "device", "threads", "force", "progress", "bundle", "adapter", "accumulate", "memory", "base", "embeddings",

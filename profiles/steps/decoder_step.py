@@ -16,7 +16,7 @@ from tightfit.runtime.common.progress import Progress
 
 if TYPE_CHECKING:  # these import PyTorch
     from tightfit.profiles.models.decoder_module import DecoderModule
-    from tightfit.profiles.tracing.trace import Trace
+    from tightfit.profiles.tracing.traced import Trace
 
 BETA = 0.1
 """of DPO and ORPO unless another is asked for, as with TRL"""

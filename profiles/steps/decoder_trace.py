@@ -15,7 +15,8 @@ from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.schema import ANSWER_PLANES, ANSWERS, POSITIONS, Preference
 from tightfit.profiles.tracing.repeated_layers import traced_by_kinds
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled

@@ -15,7 +15,8 @@ from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.fold import constant_made
 from tightfit.profiles.tracing.loss_function import loss_maker
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.progress import Progress

@@ -16,7 +16,8 @@ from tightfit.profiles.options import BATCH, SEQ, ProfileOptions
 from tightfit.profiles.steps.decoder_step import check_length
 from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled

@@ -16,7 +16,7 @@ from tightfit.runtime.engine.weights.layout import Entry, find_extent
 
 if TYPE_CHECKING:  # these import PyTorch
     from tightfit.profiles.tracing.comparison import GradientComparison
-    from tightfit.profiles.tracing.trace import Trace
+    from tightfit.profiles.tracing.traced import Trace
 
 DTYPES = ("bfloat16", "float32")
 LORA = (

@@ -21,7 +21,6 @@ from tightfit.profiles.schema import TracedStep
 from tightfit.profiles.sources.bundle import Bundle, BundleRequest
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.sources.transformers_source import any_random_source, built_decoder
-from tightfit.profiles.steps.answer_tracing import trace_answers
 from tightfit.profiles.steps.bundled_step import MEASURING
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.decoder_step import DecoderStep
@@ -45,7 +44,7 @@ TAKE_A_BUNDLE = (
 TRACING_BYTES, TRANSFORMERS_BYTES = 416 << 20, 700 << 20
 """what the worker holds at most, for a hand-written family and for one that transformers builds"""
 FAMILY_BYTES = 272 << 20
-"""what it holds at most for the answers of a hand-written family: 253 MiB of Gemma 3's with 4 B parameters"""
+"""what it holds at most for the answers of a hand-written family: 259 MiB of Gemma 3's with 4 B parameters"""
 DORA_BYTES, TILE_BYTES = 64 << 20, 5 << 20
 """what magnitudes of DoRA, and each tile, add"""
 CUDA_BYTES = 640 << 20
@@ -101,6 +100,13 @@ def _step_of(source: Source, request: BundleRequest) -> ProfiledStep:
         }
         step.lora = LoraConfig(**settings)
     return step
+
+
+def trace_answers(source: Source) -> Answers:
+    """The steps of a decoder's answers, or why it cannot answer with a cache, traced in this process."""
+    from tightfit.profiles.steps import answer_tracing  # it imports PyTorch
+
+    return answer_tracing.trace_answers(source)
 
 
 def check_tracing(step: ProfiledStep) -> None:

@@ -36,7 +36,7 @@ from tightfit.runtime.engine.training.job import KEEP_STATE, kept_buffers
 from tightfit.runtime.supervision.spare_memory import free_memory
 
 if TYPE_CHECKING:
-    from tightfit.profiles.tracing.trace import Trace
+    from tightfit.profiles.tracing.traced import Trace
 
 TOLERANCE = 1e-3
 """Largest norm of the difference from autograd's gradient of a parameter, relative to the norm of the latter. float32

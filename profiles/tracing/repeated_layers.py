@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from tightfit.profiles.schema import Layer, Program
-from tightfit.profiles.tracing.trace import Trace, global_tensors
+from tightfit.profiles.tracing.traced import Trace, global_tensors
 
 BLOCK = re.compile(r"(?<![\w.])model\.layers\.(\d+)(?=[./#:@)]|$)")
 """the block of the decoder that a name speaks of"""

@@ -122,7 +122,7 @@ gated_backward = _define(
 embed_rows = _define(
     "embed_rows",
     "(Tensor weight, Tensor ids, float scale) -> Tensor",
-    lambda w, ids, s: (w.new_empty((ids.numel(), w.shape[1])),),
+    lambda w, ids, s: (w.new_empty((ids.numel(), w.shape[1]), device=ids.device),),
 )
 head_rows = _define(
     "head_rows",

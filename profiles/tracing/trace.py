@@ -11,12 +11,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import operator
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +27,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
+from tightfit.profiles.schema import Layer, Operand, Operator, Program, TensorKind, Value
 from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
 from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, refuse_changed
 from tightfit.profiles.tracing.fewer_saved import save_less
@@ -43,50 +39,15 @@ from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quie
 from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropouts
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
 from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
+from tightfit.profiles.tracing.segments import Segment, connect, cut, kind_of, signature, single_operators
 from tightfit.profiles.tracing.tile_sums import fuse_sums, sums_in_place
 from tightfit.profiles.tracing.tiles import in_tiles
+from tightfit.profiles.tracing.traced import Trace, global_tensors
 from tightfit.profiles.tracing.unchecked import unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.progress import Progress
 
 aten = torch.ops.aten
-
-# Cheap reshapes are repeated in each segment that uses their result, so that only real storages are passed between
-# layers.
-RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    operator.getitem,
-}
-LARGEST_SEGMENT = 80
-"""nodes of a forward above which a segment is cut further: what a layer's backward may recompute is decided layer by
-layer
-"""
-IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trace:
-    tensors: list[Tensor]
-    programs: list[Program]
-    layers: list[Layer]
-    loss: str
-    token_losses: str | None
-
-
-@dataclasses.dataclass(kw_only=True)
-class Segment:
-    name: str
-    key: str | None
-    nodes: list[fx.Node]
-    inputs: list[fx.Node] = dataclasses.field(default_factory=list)
-    outputs: list[fx.Node] = dataclasses.field(default_factory=list)
-    module: fx.GraphModule | None = None
-    differentiable: list[bool] = dataclasses.field(default_factory=list)
-    """Per output: whether it carries a gradient."""
 
 
 def trace(
@@ -113,14 +74,14 @@ def trace(
     report("export", 1, 1)
     _check_results(graph, loss_maker(module))
     _widen_loss(graph)
-    segments = _segments(graph, tiles)
+    segments = cut(graph, tiles)
     number_dropouts(segment.nodes for segment in segments)
 
     def traced(pieces: list[Segment], visited: Callable[[Segment], None]) -> _Tracer:
         """Trace the segments `pieces`, calling `visited` with each one before its forward and before its backward is
         traced.
         """
-        _connect(graph, pieces)
+        connect(graph, pieces)
         tracer = _Tracer(
             roles=roles,
             fake_mode=FakeTensorMode(),
@@ -148,36 +109,13 @@ def trace(
             # Trace operator by operator: the last one begun is the one that cannot be traced.
             visited: list[Segment] = []
             try:
-                traced(_single_operators(graph), visited.append)
+                traced(single_operators(graph), visited.append)
             except Exception:
                 line = line_of_node(visited[-1].nodes[0]) if visited else None
         if line is None and isinstance(error, TightfitError):
             raise
         raise InputError(f"{type(module).__name__} cannot be traced{_at(line)}: {_reason(error)}") from error
     report("programs", len(segments), len(segments))
-    return tracer.finish(graph, segments)
-
-
-def trace_forward(
-    module: nn.Module, batch: Mapping[str, torch.Tensor], decompositions: dict[Any, Callable[..., Any]]
-) -> Trace:
-    """Trace the forward alone of a module that trains nothing and whose first result is no view; the trace's `loss` is
-    that result's name. Raises InputError if it cannot be traced.
-    """
-    graph, roles = _export(module, batch)
-    segments = _segments(graph)
-    _connect(graph, segments)
-    tracer = _Tracer(
-        roles=roles,
-        fake_mode=FakeTensorMode(),
-        decompositions=decompositions,
-        inference={},
-        requires=dict.fromkeys(roles, False),
-    )
-    for segment in segments:
-        tracer.forward(segment)
-    for segment in reversed(segments):
-        tracer.backward(segment, graph)
     return tracer.finish(graph, segments)
 
 
@@ -407,130 +345,8 @@ def _check_results(graph: fx.Graph, maker: str) -> None:
         )
 
 
-def _module_path(node: fx.Node) -> str:
-    """Where the module that calls a node stands in the model: ``model.layers.3.mlp``."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
-
-
-def _layer_key(node: fx.Node) -> str | None:
-    """The shortest module path that ends in an index: ``model.layers.3`` for anything inside that block."""
-    match = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", _module_path(node))
-    return match.group(1) if match else None
-
-
-def _cut(
-    name: str | None, nodes: list[fx.Node], most: int = LARGEST_SEGMENT, depth: int = 1
-) -> list[tuple[str | None, list[fx.Node]]]:
-    """A segment as it is, or, of more than `most` nodes, cut where the first `depth` names of their module paths
-    change, and deeper where a piece is still larger; small pieces that follow each other stay together.
-    """
-    paths = [_module_path(node).split(".") for node in nodes]
-    if len(nodes) <= most or depth > max(map(len, paths)):
-        return [(name, nodes)]
-    pieces: list[tuple[str | None, list[fx.Node]]] = []
-    for path, run in groupby(zip(paths, nodes), lambda pair: ".".join(pair[0][:depth])):
-        for inner, members in _cut(path or None, [node for _, node in run], most, depth + 1):
-            if pieces and len(pieces[-1][1]) + len(members) <= most:
-                pieces[-1][1].extend(members)
-            else:
-                pieces.append((inner, members))
-    return pieces
-
-
 def _writes_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _repeated_here(node: fx.Node) -> bool:
-    return node.target in RESHAPES or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
-
-
-def _segments(graph: fx.Graph, tiles: int = 1) -> list[Segment]:
-    """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut
-    further.
-    """
-    calls = [
-        node
-        for node in graph.nodes
-        if node.op == "call_function" and node.target not in IGNORED and not _repeated_here(node)
-    ]
-    segments = [
-        Segment(name="", key=name, nodes=nodes)
-        for key, run in groupby(calls, _layer_key)
-        for name, nodes in _cut(key, list(run), tiles * LARGEST_SEGMENT)
-    ]
-    occurrences: dict[str, int] = {}
-    for index, segment in enumerate(segments):
-        first, last = index == 0, index == len(segments) - 1
-        name = segment.key or ("stem" if first else "head" if last else f"between.{index}")
-        occurrences[name] = occurrences.get(name, 0) + 1
-        segment.name = name if occurrences[name] == 1 else f"{name}#{occurrences[name]}"
-    return segments
-
-
-def _single_operators(graph: fx.Graph) -> list[Segment]:
-    """Every operator as a segment of its own."""
-    return [Segment(name=node.name, key=None, nodes=[node]) for segment in _segments(graph) for node in segment.nodes]
-
-
-def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes whose storages a node's arguments lie in: reshapes are followed back to what they reshape."""
-    for source in node.all_input_nodes:
-        if source.op == "call_function" and _repeated_here(source) and source.target is not operator.getitem:
-            yield from _sources(source)
-        else:
-            yield source
-
-
-def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
-    """Fill inputs, outputs and the standalone forward module of each segment."""
-    owner = {node: segment for segment in segments for node in segment.nodes}
-
-    def owner_of(node: fx.Node) -> Segment | None:
-        while node.target is operator.getitem:
-            node = node.args[0]  # type: ignore[assignment]
-        return owner.get(node)
-
-    results = list(graph.output_node().all_input_nodes)
-    for segment in segments:
-        copy = fx.Graph()
-        mapped: dict[fx.Node, fx.Node] = {}
-
-        def bring(
-            node: fx.Node, segment: Segment = segment, copy: fx.Graph = copy, mapped: dict[fx.Node, fx.Node] = mapped
-        ) -> fx.Node:
-            if node in mapped:
-                return mapped[node]
-            outside = node.op == "placeholder" or (owner_of(node) not in (None, segment))
-            if outside and (node.target is operator.getitem or not _repeated_here(node)):
-                mapped[node] = copy.placeholder(f"in{len(segment.inputs)}")
-                mapped[node].meta["val"] = node.meta["val"]
-                segment.inputs.append(node)
-            else:
-                for source in node.all_input_nodes:
-                    bring(source)
-                mapped[node] = copy.node_copy(node, mapped.__getitem__)
-            return mapped[node]
-
-        for node in segment.nodes:
-            bring(node)
-        segment.module = fx.GraphModule({}, copy)
-        segment.module.meta["mapped"] = mapped
-    for segment in segments:
-        used_outside = {
-            node for other in segments if other is not segment for node in other.inputs if owner_of(node) is segment
-        }
-        used_outside |= {node for node in results if owner_of(node) is segment}
-        assert segment.module is not None
-        mapped = segment.module.meta["mapped"]
-        for node in graph.nodes:
-            if node in used_outside:
-                if node not in mapped:  # an output of a multi-output operator that only other segments use
-                    mapped[node] = segment.module.graph.node_copy(node, mapped.__getitem__)
-                segment.outputs.append(node)
-        segment.module.graph.output(tuple(mapped[node] for node in segment.outputs))
-        segment.module.recompile()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -623,8 +439,7 @@ class _Tracer:
         results = list(outputs)
         if any(incoming) and wanted:  # a gradient has the layout of its tensor
             results += [(f"grad_in{i}", segment.inputs[i].meta["val"].stride()) for i in wanted]
-        roles = [self.roles.get(node, Role(name="", kind="activation")).kind for node in segment.inputs]
-        primals = [(f"in{i}", kind) for i, kind in enumerate(roles)]
+        primals = [(f"in{i}", kind_of(node, self.roles)) for i, node in enumerate(segment.inputs)]
         given = [*primals, *((f"grad_out{i}", "gradient") for i in tangents)]
         program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
         program = sums_in_place(program, [result for result, _ in results])
@@ -660,21 +475,7 @@ class _Tracer:
             return fakes
 
     def _signature(self, segment: Segment, extra: tuple[Any, ...]) -> str:
-        """A key that is equal for segments that differ only in names."""
-        assert segment.module is not None
-        order = {node: index for index, node in enumerate(segment.module.graph.nodes)}
-        lines = []
-        for node in segment.module.graph.nodes:
-            args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{order[n]}")
-            lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args}")
-        for node in segment.inputs:
-            value, role = node.meta["val"], self.roles.get(node)
-            lines.append(
-                f"{tuple(value.shape)} {value.stride()} {value.dtype} {self.requires[node]}"
-                f" {role.kind if role else 'activation'}"
-            )
-        lines.append(repr((extra, len(segment.outputs))))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return signature(segment, lambda node: (self.requires[node], kind_of(node, self.roles)), extra)
 
     def _global(self, node: fx.Node) -> str:
         return self.roles[node].name if node in self.roles else self.names[node]
@@ -759,26 +560,3 @@ def _sum_program(name: str, like: Value) -> Program:
     )
     values = [like.model_copy(update={"name": value_name, "kind": "gradient"}) for value_name in (*parts, "total")]
     return Program(name=name, values=values, operators=[operator])
-
-
-def global_tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
-    """The global tensors, each once.
-
-    A weight that is read only through slices is left out, unless rows are gathered from it.
-    """
-    tensors: dict[str, Tensor] = {}
-    for layer in layers:
-        program = by_name[layer.program]
-        used = {name for op in program.operators for name in (*op.inputs, *op.outputs) if name}
-        for value in program.values:
-            name = layer.bindings.get(value.name)
-            if name is not None and name not in tensors and value.name in used:
-                tensors[name] = Tensor(
-                    name=name,
-                    kind=value.kind,
-                    shape=value.shape,
-                    dtype=value.dtype,
-                    bytes=value.bytes,
-                    movable=value.kind == "trainable",
-                )
-    return list(tensors.values())

@@ -4,7 +4,7 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ import torch
 
 from tightfit.planner.generation.answer_plan import GenerationPlan, laid_out, plan_answers
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
-from tightfit.profiles.models.answer_steps import AnswerSteps
-from tightfit.profiles.models.answering_decoder import answer_steps
-from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.steps.answer_tracing import answer_steps
 from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 from tightfit.runtime.engine.device.channels import TransferChannel
@@ -79,20 +77,13 @@ def problem_of(
     body = BODY if handwritten(config) else facts(config).config.get("adapter_body", BODY)
     pairs = {} if adapter is None else pairs_of(adapter, body, entries, "the model")
     return Problem(
-        steps=steps_of(config, entries, prompt + answer),
+        steps=answer_steps(config, entries, prompt + answer),
         entries=entries,
         prompt_tokens=prompt,
         answer_tokens=answer,
         pairs=pairs,
         **more,
     )
-
-
-def steps_of(config: dict[str, Any], stored: Collection[str], longest: int) -> AnswerSteps:
-    """The steps of a hand-written decoder, or of one that transformers builds."""
-    if handwritten(config):
-        return family_steps(config, GROUP)
-    return answer_steps(config, stored, group=GROUP, longest=longest)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tightfit.profiles.measuring.guard import OutputGuard
 from tightfit.profiles.measuring.worker import ScratchStores, settle_operators, take_steps
 from tightfit.profiles.tracing.comparison import GradientComparison
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.traced import Trace
 
 
 def traced_of(module: nn.Module, batch: tuple[Tensor, ...]) -> Trace:

@@ -15,7 +15,8 @@ from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.traced import Trace
 
 RANK, ALPHA = 4, 8.0
 

@@ -15,7 +15,7 @@ from decoder_families import FAMILIES
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.profiles.api import bundle_request, prepare, profile
-from tightfit.profiles.models.answering_family import family_steps
+from tightfit.profiles.models.answer_steps import AnswerSteps
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.schema import Profile, TracedStep
 from tightfit.profiles.sources.bundle import Bundle
@@ -27,12 +27,12 @@ from tightfit.profiles.sources.lookup import (
     traced_seq,
     vocabulary,
 )
+from tightfit.profiles.steps.answer_tracing import answer_steps
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.steps.tracing_process import make_bundle
 from tightfit.profiles.weights.source import BUNDLE
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import python_path
-from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 
 pytestmark = pytest.mark.usefixtures("cache")
 STEP: dict[str, Any] = {"seq": 24, "batch": 2, "lora_rank": 4}
@@ -88,6 +88,12 @@ def traced_in(model: Path, bundle: Path | None) -> TracedStep:
     return step_of(source, ProfileOptions(), traced).traced(lambda *_: None)
 
 
+def answers_of(model: Path) -> AnswerSteps:
+    """The steps of a model's answers, traced in this process."""
+    source = resolve(str(model))
+    return answer_steps(source.config, source.entries, 0)
+
+
 def test_the_step_is_the_one_that_is_traced_here(model: Path, folder: Path, whole: Path) -> None:
     here = traced_here(model)
     assert traced_in(model, folder) == here
@@ -106,7 +112,7 @@ def test_weights_are_packed_as_the_device_asks(model: Path, folder: Path) -> Non
 
 
 def test_the_answers_are_those_that_are_traced_here(folder: Path, whole: Path, model: Path) -> None:
-    steps = family_steps(resolve(str(model)).config, GROUP)
+    steps = answers_of(model)
     for bundle in (folder, whole):
         assert Bundle.load(bundle).answers.of(1 << 20) == steps
 
@@ -124,22 +130,18 @@ def test_long_answers_of_a_family_written_by_hand_are_those_of_short_ones(tmp_pa
     }
     write_directory(tmp_path / "model", scaled, random_weights(scaled), tokenizer=byte_level_tokenizer())
     bundle = prepare(str(tmp_path / "model"), tmp_path / "bundle", False, **STEP)
-    assert (
-        bundle.answers.of(64) == bundle.answers.of(65) == family_steps(resolve(str(tmp_path / "model")).config, GROUP)
-    )
+    assert bundle.answers.of(64) == bundle.answers.of(65) == answers_of(tmp_path / "model")
 
 
 @pytest.mark.slow
 def test_answers_of_longrope_are_those_of_their_length(tmp_path: Path) -> None:
     """Up to 32 tokens and beyond, positions turn otherwise: the bundle has the steps of both."""
     pytest.importorskip("transformers")
-    from tightfit.profiles.models.answering_decoder import answer_steps
-
     path = tmp_path / "config.json"
     path.write_text(json.dumps(FAMILIES["Llama, longrope scaling, short"]))
     answers = prepare(str(path), tmp_path / "bundle", False, seq=16).answers
     source = resolve(str(path))
-    short, long = (answer_steps(source.config, source.entries, group=GROUP, longest=tokens) for tokens in (32, 33))
+    short, long = (answer_steps(source.config, source.entries, tokens) for tokens in (32, 33))
     assert short != long
     assert (answers.of(32), answers.of(33), answers.of(1000)) == (short, long, long)
 

@@ -50,7 +50,7 @@ from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.transformers_source import any_directory_source
 from tightfit.profiles.steps import decoder_trace
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.profiles.weights.store_file import build_store
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, adapter_key, initialise, trained_name

@@ -53,7 +53,7 @@ from tightfit.profiles.models.decoder_module import without_values
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts
 from tightfit.profiles.schema import Profile
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import (
     BODY,

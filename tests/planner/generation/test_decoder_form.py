@@ -10,10 +10,10 @@ from reference import CONFIGS
 
 from tightfit.planner.generation.decoder_form import Layout, layout
 from tightfit.profiles.models.answer_steps import AnswerSteps
-from tightfit.profiles.models.answering_decoder import answer_steps
-from tightfit.profiles.models.answering_family import family_steps
 from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.schema import Layer, Value
+from tightfit.profiles.steps.answer_tracing import answer_steps
+from tightfit.profiles.weights.describe import describe
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
 
 
@@ -28,10 +28,10 @@ def place_of(found: Layout, layer: Layer, value: Value) -> tuple[int, int] | Non
 
 def steps_of(name: str) -> AnswerSteps:
     if name in CONFIGS:
-        return family_steps(CONFIGS[name], GROUP)
+        return answer_steps(CONFIGS[name], describe(CONFIGS[name]), 0)
     config = FAMILIES[name] | {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
     stored = [tensor.name for tensor in facts(config).tensors]
-    return answer_steps(config, stored, group=GROUP, longest=60)
+    return answer_steps(config, stored, 60)
 
 
 @pytest.mark.slow_but_for("gemma3_text-6-4")
@@ -74,6 +74,6 @@ def test_a_step_takes_as_many_bytes_as_its_widest_moment() -> None:
     been added to, its norm, and the two wide rows, of which the first then takes their product.
     """
     config = CONFIGS["llama"] | {"intermediate_size": 512}
-    _, group = family_steps(config, GROUP).steps
+    _, group = answer_steps(config, describe(config), 0).steps
     floats = 4 * config["hidden_size"] + 2 * config["intermediate_size"] + 16  # and the cosines and sines
     assert layout(group).bytes == 4 * GROUP * floats

@@ -19,7 +19,7 @@ from tightfit.planner.generation.choice import Choice, ChoiceProblem, choice_pro
 from tightfit.planner.generation.problem import Figures, Problem, RowPiece
 from tightfit.planner.generation.program import choose
 from tightfit.planner.generation.simulate import simulate
-from tightfit.profiles.models.answering_family import family_steps
+from tightfit.profiles.steps.answer_tracing import answer_steps
 from tightfit.profiles.weights.describe import describe
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
@@ -135,7 +135,7 @@ def test_a_choice_that_is_made_elsewhere_is_the_same_plan() -> None:
 def problem(**more: Any) -> Problem:
     config = CONFIGS["llama"]
     sizes = {"prompt_tokens": 70, "answer_tokens": 10} | more
-    return Problem(steps=family_steps(config, GROUP), entries=describe(config), **sizes)
+    return Problem(steps=answer_steps(config, describe(config), 0), entries=describe(config), **sizes)
 
 
 def test_the_memory_of_the_next_longer_context_counts() -> None:

@@ -10,7 +10,7 @@ from traced import trace_decoder
 from tightfit.profiles.models import saved_modules
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.saved_modules import MOST_LAYERS, SLICE_BYTES, SavedModule, TrainedEmbedding, chosen
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import adapter_key, table_slice
 

@@ -21,7 +21,7 @@ from tightfit.profiles.schema import NOT_COMPARED
 from tightfit.profiles.tracing import comparison
 from tightfit.profiles.tracing.comparison import TOLERANCE, GradientComparison, distances, step_bytes
 from tightfit.profiles.tracing.eager_steps import EagerResult
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.runtime.common.errors import InputError
 
 ALIKE = "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, "

@@ -22,7 +22,7 @@ from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.options import ProfileOptions
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.steps.choice import step_of
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu.operators import projection_backward
 

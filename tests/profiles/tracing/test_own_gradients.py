@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.runtime.common.errors import InputError
 
 

@@ -13,7 +13,7 @@ from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.steps.decoder_trace import trace_decoder
 from tightfit.profiles.tracing.repeated_layers import representatives
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 
 LAYERS = 8
 ADAPTERS = {

@@ -29,7 +29,7 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.steps.choice import step_of
 from tightfit.profiles.tracing.tiles import in_tiles
-from tightfit.profiles.tracing.trace import Trace
+from tightfit.profiles.tracing.traced import Trace
 from tightfit.runtime.common.errors import InputError
 
 BATCH, SEQ = 4, 32

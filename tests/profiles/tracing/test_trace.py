@@ -15,7 +15,8 @@ from traced import ALPHA, RANK, interpret, random_batch, random_weights, trace_d
 
 from examples.vision import residual_cnn, vision_transformer
 from tightfit.profiles.schema import Layer
-from tightfit.profiles.tracing.trace import LARGEST_SEGMENT, trace
+from tightfit.profiles.tracing.segments import LARGEST_SEGMENT
+from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import trained_name
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from answering import answered_by_transformers, greedy, opened, packed, plan_of, planned, problem_of, steps_of
+from answering import answered_by_transformers, greedy, opened, packed, plan_of, planned, problem_of
 from decoder_families import FAMILIES, NO_ANSWERS
 from peft_adapters import merged_by_peft, save_adapter, save_model
 from reference import stored_weights, take
@@ -19,6 +19,7 @@ from reference import stored_weights, take
 from tightfit.profiles.models.answer_steps import INSTEAD
 from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.transformers_decoder import facts
+from tightfit.profiles.steps.answer_tracing import answer_steps
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.engine.cpu.cached_attention_sizes import GROUP
@@ -155,7 +156,7 @@ def test_tokens_that_two_prompts_share_need_not_be_computed_again(tmp_path: Path
 def test_what_has_no_cache_is_refused_by_name(name: str) -> None:
     config = FAMILIES[name]
     with pytest.raises(InputError, match=re.escape(f"a {config['model_type']} decoder")) as error:
-        steps_of(config, (), 60)
+        answer_steps(config, (), 60)
     assert NO_ANSWERS[name] in str(error.value)
     assert str(error.value).endswith(INSTEAD)
 
