@@ -280,10 +280,10 @@ class Decoder(DecoderModule):
     def _embedded(self, ids: Tensor) -> list[Tensor]:
         """The embeddings [tokens of a tile, hidden] of each tile."""
         size = self.tile or ids.numel()
-        whole = size == ids.numel() or trained_copy(self.embedding) is not None
-        parts = [ids] if whole else ids.view(-1).split(size)
-        rows = [self.embedding.flat(part) for part in parts]
-        return list(rows[0].split(size)) if whole and size < ids.numel() else rows
+        if trained_copy(self.embedding) is not None:
+            return list(self.embedding.flat(ids).split(size))
+        parts = [ids] if size == ids.numel() else ids.view(-1).split(size)
+        return [self.embedding.flat(part) for part in parts]
 
 
 def embedding_scale(shape: DecoderShape, dtype: torch.dtype) -> float:
