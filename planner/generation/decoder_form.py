@@ -47,9 +47,9 @@ def packed(lives: Iterable[Life], start: int = 0) -> tuple[dict[str, int], int]:
     one ends.
     """
     placed: list[tuple[int, Life]] = []
-    for life in sorted(lives, key=lambda one: (-one.bytes, one.first, one.name)):
+    for life in sorted(lives, key=lambda life: (-life.bytes, life.first, life.name)):
         at = start
-        for other_at, other in sorted(placed, key=lambda one: one[0]):
+        for other_at, other in sorted(placed, key=lambda pair: pair[0]):
             apart = other.last < life.first or life.last < other.first
             if not apart and other_at < at + life.bytes and at < other_at + other.bytes:
                 at = other_at + other.bytes
@@ -60,7 +60,7 @@ def packed(lives: Iterable[Life], start: int = 0) -> tuple[dict[str, int], int]:
 def layout(step: AnswerStep) -> Layout:
     """Places for the values of a step of one group of tokens."""
     programs = {program.name: program for program in step.programs}
-    given = {layer.program: layer.bindings.keys() for layer in step.layers}
+    bound_names = {layer.program: layer.bindings.keys() for layer in step.layers}
     own: dict[str, list[Life]] = {}
     shared: dict[str, dict[str, str]] = {}
     for program in step.programs:
@@ -69,7 +69,7 @@ def layout(step: AnswerStep) -> Layout:
             for name in (*operator.inputs, *(made for made in operator.outputs if made is not None)):
                 spans.setdefault(name, []).append(place)
         sizes = {value.name: aligned(value.bytes) for value in program.values}
-        for name in given[program.name]:
+        for name in bound_names[program.name]:
             spans.pop(name, None)
         shared[program.name] = _overwritten(program, spans)
         own[program.name] = [
@@ -100,17 +100,17 @@ def _overwritten(program: Program, spans: dict[str, list[int]]) -> dict[str, str
     use it, then say of the one how long the other is there.
     """
     values = {value.name: value for value in program.values}
-    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for place, operator in enumerate(program.operators):
         if operator.target not in OVERWRITING:
             continue
         read, made = operand_of(operator.args[0]), values[str(operator.outputs[0])]
-        value, owner = values[read["value"]], found.get(read["value"], read["value"])
+        value, owner = values[read["value"]], owners.get(read["value"], read["value"])
         alike = (value.bytes, read["size"], read["stride"]) == (made.bytes, made.shape, made.stride)
         if alike and made.name in spans and owner in spans and spans[owner][-1] == place:
             spans[owner] += spans.pop(made.name)
-            found[made.name] = owner
-    return found
+            owners[made.name] = owner
+    return owners
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class DecoderForm:
     @cached_property
     def seen(self) -> tuple[Seen, ...]:
         """What each layer's attention sees."""
-        found = []
+        seen = []
         for _, call in self.steps.one.calls:
             if call.target == ATTEND:
                 kv_heads, width, window, _ = call.args[5:]
                 columns = operand_of(call.args[0])["size"][1]
-                found.append(Seen(heads=columns // width, kv_heads=kv_heads, width=width, window=window))
-        return tuple(found)
+                seen.append(Seen(heads=columns // width, kv_heads=kv_heads, width=width, window=window))
+        return tuple(seen)
 
     def matrices(self) -> Iterator[str]:
         """All matrices but the head, in the order in which a pass needs them."""
@@ -148,7 +148,7 @@ class DecoderForm:
         """What else of the store stays in memory, unpacked: norms, biases, frequencies, and whatever else of the store
         operators read that are not matrix products.
         """
-        found: Places = {}
+        places: Places = {}
         for step in self.steps.steps:
             values = {program.name: {value.name: value for value in program.values} for program in step.programs}
             for layer, call in step.calls:
@@ -157,10 +157,10 @@ class DecoderForm:
                 for name in call.inputs:
                     value = values[layer.program][name]
                     if value.kind in HELD and name not in matrices:
-                        found[layer.bindings[name]] = tuple(value.shape), value.dtype
+                        places[layer.bindings[name]] = tuple(value.shape), value.dtype
         if self.steps.bias is not None:
-            found[self.steps.bias] = entries[self.steps.bias].shape, "float32"
-        return found
+            places[self.steps.bias] = entries[self.steps.bias].shape, "float32"
+        return places
 
     def activations(self, tokens: int) -> Places:
         """Tensors of a pass of so many tokens."""

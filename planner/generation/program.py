@@ -56,9 +56,9 @@ def choose(problem: ChoiceProblem) -> Choice | None:
         .add(token_time, float(problem.token_passes))
         .add(pass_time, float(problem.prompt_passes))
     )  # (55)
-    found = program.solve(goal, gap=GAP)
-    if found.values is None:
+    solution = program.solve(goal, gap=GAP)
+    if solution.values is None:
         return None
-    values = found.values
+    values = solution.values
     chosen = [{state: round(values[number]) for state, number in own.items()} for own in counts]
-    return Choice(counts=chosen, seconds=found.objective / MILLISECONDS)
+    return Choice(counts=chosen, seconds=solution.objective / MILLISECONDS)

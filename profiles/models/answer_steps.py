@@ -106,5 +106,5 @@ def _between(one: Any, group: Any, tokens: int, most: int) -> Any:
 
 def operand_of(argument: Any) -> Mapping[str, Any]:
     """The operand that a tensor argument is."""
-    found: Mapping[str, Any] = argument["operand"]
-    return found
+    operand: Mapping[str, Any] = argument["operand"]
+    return operand
