@@ -44,8 +44,8 @@ from tightfit.profiles.sources.bundle import Bundle, BundleRequest
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.option_names import spelled
 
-Kept = Literal["profiles", "plans", "jobs", "runs", "uploads"]
-"""what the service keeps; runs are jobs too, and uploads are called by the name that they were sent under"""
+Kept = Literal["profiles", "plans", "bundles", "uploads", "jobs", "runs"]
+"""what the service keeps; runs are jobs too"""
 JobProgress = Callable[[dict[str, Any]], None]
 """called with the latest figures of a job: stage, incumbent, bound, gap, seconds; or step, loss, seconds,
 resident_bytes
@@ -147,14 +147,15 @@ class Client:
 
     def upload(self, profile: Profile) -> str:
         """Store a profile as it is; returns its id."""
-        return str(self._upload(profile)["id"])
+        return str(self._upload("profile", canonical_json(profile).encode())["id"])
 
     def _upload_without_paths(self, profile: Profile) -> tuple[dict[str, Any], dict[str, str]]:
         """Store a profile without paths of this machine; returns what is stored, and what `_planned` puts into plans of
         it.
         """
         model, paths = Redaction([]).model(profile.model)
-        return self._upload(profile.model_copy(update={"model": model})), paths
+        content = canonical_json(profile.model_copy(update={"model": model}))
+        return self._upload("profile", content.encode()), paths
 
     def _planned(self, identity: str, paths: dict[str, str]) -> Plan:
         """A stored plan as it would have been made here."""
@@ -164,17 +165,15 @@ class Client:
             self._ids[plan.fingerprint] = identity
         return plan
 
-    def _upload(self, profile: Profile) -> dict[str, Any]:
-        body = gzip.compress(canonical_json(profile).encode(), 5)
+    def _upload(self, kind: str, content: bytes) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        return self._json(self._send("POST", "/v1/profiles/upload", content=body, headers=headers))
+        return self._json(self._send("POST", f"/v1/uploads/{kind}", content=gzip.compress(content, 5), headers=headers))
 
     def profile(self, *, progress: JobProgress | None = None, **request: Any) -> Profile:
         """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch,
         lora_rank, ..., force.
         """
-        job = self.finish(self.post("/v1/profiles", request), progress)
-        identity = job["result"]["profile"]
+        identity = self.ask("profiles", progress=progress, **request)["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
 
     def bundle(self, request: BundleRequest, *, progress: JobProgress | None = None) -> Bundle:
@@ -183,10 +182,8 @@ class Client:
         """
         self._check_version()
         sent = request.without_places()
-        body = gzip.compress(canonical_request(sent), 5)
-        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        job = self.finish(self._json(self._send("POST", "/v1/bundles", content=body, headers=headers)), progress)
-        identity = job["result"]["bundle"]
+        description = self._upload("description", canonical_request(sent))["id"]
+        identity = self.ask("bundles", progress=progress, description=description)["bundle"]
         content = self._send("GET", f"/v1/bundles/{identity}/file").content
         bundle = Bundle.parse(content, f"{self.url}: {identity}")
         if bundle.request.model_dump_json() != sent.model_dump_json():
@@ -210,15 +207,14 @@ class Client:
         fields = options.model_dump(exclude={"progress"}, exclude_none=True)
         stored, paths = self._upload_without_paths(profile)
         request = {"profile": stored["id"], "memory": budget_bytes, **fields}
-        job = self.finish(self.post("/v1/plans", request), options.progress)
-        return self._planned(job["result"]["plan"], paths)
+        return self._planned(self.ask("plans", progress=options.progress, **request)["plan"], paths)
 
     def choose(self, problems: Sequence[ChoiceProblem], *, progress: JobProgress | None = None) -> list[Choice | None]:
         """What of a model stays in memory between the tokens of answers (`tightfit.planner.generation.choice`), chosen
         by the service.
         """
-        job = self.post("/v1/answer-plans", {"problems": [problem.model_dump() for problem in problems]})
-        choices = self.finish(job, progress)["result"]["choices"]
+        dumped = [problem.model_dump() for problem in problems]
+        choices = self.ask("answer-plans", progress=progress, problems=dumped)["choices"]
         return [None if choice is None else Choice.model_validate(choice) for choice in choices]
 
     def explanation(self, plan: Plan) -> Explanation:
@@ -254,8 +250,7 @@ class Client:
             "optimizer": optimizer,
             "max_grad_norm": max_grad_norm,
         }
-        job = self.finish(self.post("/v1/comparisons", request), progress)
-        cells = job["result"]["cells"]
+        cells = self.ask("comparisons", progress=progress, **request)["cells"]
         return Comparison(
             devices=list(dict.fromkeys(cell["device"] for cell in cells)),
             budgets=sorted({cell["budget_bytes"] for cell in cells}),
@@ -306,24 +301,22 @@ class Client:
         """What the service keeps, newest first: all of it, or what mentions all words of `search`; of plans those of a
         `profile`, of jobs those of a `kind` or in a `state`.
         """
-        name, query = _list_of(what), {**filters, **({} if search is None else {"search": search})}
-        if what == "runs":
-            query["kind"] = "run"
+        query = {**filters, **({} if search is None else {"search": search})}
         while True:
-            answer = self.get(f"/v1/{name}", query)
-            yield from answer[name]
+            answer = self.get(f"/v1/{what}", query)
+            yield from answer["items"]
             if answer["next"] is None:
                 return
             query["after"] = answer["next"]
 
     def rename(self, what: Kept, identity: str, **names: str | None) -> dict[str, Any]:
         """Give what is kept another `title` or `note`; None takes it away. Returns it."""
-        return self._json(self._send("PATCH", f"/v1/{_list_of(what)}/{identity}", json=names))
+        return self._json(self._send("PATCH", f"/v1/{what}/{identity}", json=names))
 
     def delete(self, what: Kept, identity: str, *, with_plans: bool = False) -> None:
         """Delete what is kept, a profile together with its plans if `with_plans`, a run with all that it left."""
         query = {"with_plans": "true"} if with_plans else {}
-        self._send("DELETE", f"/v1/{_list_of(what)}/{identity}", params=query)
+        self._send("DELETE", f"/v1/{what}/{identity}", params=query)
 
     def download(
         self,
@@ -353,6 +346,17 @@ class Client:
         return path
 
     # --- jobs ------------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, what: str, *, progress: JobProgress | None = None, once: bool = False, **request: Any
+    ) -> dict[str, Any]:
+        """Have any kind of work done: `what` and the fields of its request are those of `POST /v1/WHAT`. Returns the
+        job's result. With `once`, of a kind whose equal requests are jobs of their own, there is one even if the
+        request is sent again.
+        """
+        send = self._post_once if once else self.post
+        result: dict[str, Any] = self.finish(send(f"/v1/{what}", request), progress)["result"]
+        return result
 
     def follow(self, identity: str, progress: JobProgress | None = None) -> dict[str, Any]:
         """Follow a job that was begun here or elsewhere to its end. Returns it, and raises what made it fail."""
@@ -440,7 +444,7 @@ class Client:
         except OSError as error:
             raise InputError(f"{os.fspath(file)}: {error.strerror}; name a file of samples") from error
         headers = {"Content-Type": "application/octet-stream"}
-        path = f"/v1/uploads?name={quote(name or Path(file).name, safe='')}"
+        path = f"/v1/uploads/samples?name={quote(name or Path(file).name, safe='')}"
         return f"{UPLOADED}{self._json(self._send('POST', path, content=content, headers=headers))['id']}"
 
     def preview(
@@ -449,9 +453,7 @@ class Client:
         """Data as a run of a stored profile would read them: its first samples in pieces, learned or not, what is cut
         and what is refused; `options` are columns, truncate and packing.
         """
-        asked = {"profile": profile, "data": data, **options}
-        result: dict[str, Any] = self.finish(self._post_once("/v1/previews", asked), progress)["result"]
-        return result
+        return self.ask("previews", progress=progress, once=True, profile=profile, data=data, **options)
 
     def answer(
         self, profile: str, prompt: str | list[dict[str, str]], *, progress: JobProgress | None = None, **options: Any
@@ -459,9 +461,7 @@ class Client:
         """What the model of a stored profile answers, with the adapter of a `run` if one is named: text, tokens,
         seconds; `progress` gets the text so far. `options` are those of `/v1/answers`.
         """
-        job = self._post_once("/v1/answers", {"profile": profile, "prompt": prompt, **options})
-        result: dict[str, Any] = self.finish(job, progress)["result"]
-        return result
+        return self.ask("answers", progress=progress, once=True, profile=profile, prompt=prompt, **options)
 
     def merged(
         self, run: str, file: str | os.PathLike[str], form: str = "gguf", progress: JobProgress | None = None
@@ -469,7 +469,7 @@ class Client:
         """Merge a run's adapter into its model at the service and download it: a GGUF file, or a tar file with
         safetensors.
         """
-        self.finish(self.post(f"/v1/runs/{run}/merge", {"format": form}), progress)
+        self.ask("merges", progress=progress, run=run, format=form)
         return self.download("runs", run, file, part="merged")
 
     # --- HTTP ------------------------------------------------------------------------------------------------------
@@ -532,11 +532,6 @@ class Client:
         if not self._silent:
             self._tell(f"{self.url}: no answer any more; it is asked again for {RESTART_SECONDS:.0f} s")
         self._silent = True
-
-
-def _list_of(what: Kept) -> str:
-    """The list in which something is kept."""
-    return "jobs" if what == "runs" else what
 
 
 def _check_secret(address: httpx.URL) -> None:

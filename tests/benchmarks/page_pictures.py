@@ -70,8 +70,8 @@ def _fine_tuned(service: Served, reviews: Reviews) -> str:
 
 
 def _pictures(page: Page, service: Served, run: str, output: Path) -> None:
-    (example,) = [one for one in service.http.get("/v1/profiles").json()["profiles"] if one["origin"] == "example"]
-    plans = service.http.get(f"/v1/plans?profile={example['id']}").json()["plans"]
+    (example,) = [one for one in service.http.get("/v1/profiles").json()["items"] if one["origin"] == "example"]
+    plans = service.http.get(f"/v1/plans?profile={example['id']}").json()["items"]
     fitting = sorted(
         (plan for plan in plans if plan["summary"]["status"] != "infeasible"),
         key=lambda plan: int(plan["summary"]["budget_bytes"]),

@@ -173,7 +173,7 @@ def looking(folder, *, operators):
     try:
         graph = layered(operators, training=True).model_dump_json()
         answer = service.http.post(
-            "/v1/profiles/upload", content=graph, headers={"Content-Type": "application/json"}
+            "/v1/uploads/profile", content=graph, headers={"Content-Type": "application/json"}
         ).json()
         plans = [
             service.result("/v1/plans", profile=answer["id"], memory=f"{size}GiB", policy="keep-all")["plan"]

@@ -116,7 +116,7 @@ class Served:
     # --- requests that tests make often ------------------------------------------------------------------------------
 
     def upload(self, profile):
-        answer = self.http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
+        answer = self.http.post("/v1/uploads/profile", json=profile.model_dump(mode="json"))
         assert answer.status_code in {200, 201}, answer.text
         return answer.json()["id"]
 

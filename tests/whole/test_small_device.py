@@ -139,7 +139,7 @@ def test_a_service_makes_the_bundle_and_plans(folder: Path, ordinary: Path, tmp_
         server = f"--server={service.url}"
         trained(folder, tmp_path / "out", "model", *STEP, "--memory=300MiB", server, cache=tmp_path / "c")
         assert answered(folder, "model", *words, server, device=True, cache=tmp_path / "c") == expected != ""
-        assert len(service.http.get("/v1/jobs?kind=bundle").json()["jobs"]) == 1
+        assert len(service.http.get("/v1/jobs?kind=bundle").json()["items"]) == 1
     finally:
         service.stop()
     assert answered(folder, "model", *words, server, device=True, cache=tmp_path / "c") == expected

@@ -17,22 +17,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from tightfit.planner.service.http import (
-    routes_answers,
-    routes_bundles,
-    routes_files,
-    routes_jobs,
-    routes_page,
-    routes_planning,
-    routes_previews,
-    routes_profiles,
-    routes_runs,
-)
+from tightfit.planner.service.http import routes, routes_machine, routes_page
 from tightfit.planner.service.http.connections import Connections, loop_of, most_connections, protocol_of
+from tightfit.planner.service.http.described import EVERYWHERE
 from tightfit.planner.service.http.example import give_example
 from tightfit.planner.service.http.guard import OPEN, Guard
 from tightfit.planner.service.http.logs import log_to_stderr
-from tightfit.planner.service.http.routes_common import EVERYWHERE, check_query
+from tightfit.planner.service.http.routes import check_query
 from tightfit.planner.service.http.service import Service, opened
 from tightfit.planner.service.http.tls import server_context
 from tightfit.planner.service.wire.errors import Code, ServiceError, UnreadableError, error_json
@@ -60,20 +51,7 @@ ACCEPTED_AT_ONCE = 32
 """connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent
 nothing
 """
-ROUTERS = tuple(
-    routes.router
-    for routes in (
-        routes_files,
-        routes_previews,
-        routes_profiles,
-        routes_bundles,
-        routes_planning,
-        routes_runs,
-        routes_answers,
-        routes_jobs,
-        routes_page,
-    )
-)
+ROUTERS = (routes.router, routes_machine.router, routes_page.router)
 log = logging.getLogger("tightfit.service")
 
 

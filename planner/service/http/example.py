@@ -11,13 +11,9 @@ import gzip
 import logging
 from importlib.resources import files
 
-from tightfit.planner.search_options import SOLVER
-from tightfit.planner.service.http.routes_planning import comparison_request
+from tightfit.planner.search_options import SOLVER, TIME_LIMIT
 from tightfit.planner.service.http.service import Service
-from tightfit.planner.service.jobs.store import Row, content_key
-from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.requests import ComparisonRequest, PlanRequest
-from tightfit.planner.service.wire.schema import JobKind
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.files import write_whole
 
@@ -41,13 +37,12 @@ async def give_example(service: Service) -> None:
     try:
         if not service.store.files("profile", limit=1).items:
             profile = (await service.uploads.keep(example_profile(), "example"))["id"]
-            body = ComparisonRequest.model_validate({"profile": profile, "memory": BUDGETS})
-            _enqueue(service, "comparison", comparison_request(body), profile)
+            most = service.settings.time_limit_seconds
+            curve = {"profile": profile, "memory": BUDGETS, "time_limit": min(TIME_LIMIT, most)}
+            await service.supervisor.ask("comparison", ComparisonRequest.model_validate(curve))
             for policy in ENDS:
-                end = PlanRequest.model_validate(
-                    {"profile": profile, "memory": 1, "policy": policy, "time_limit": END_SECONDS}
-                )
-                _enqueue(service, "plan", end.model_dump(), profile)
+                end = {"profile": profile, "memory": 1, "policy": policy, "time_limit": min(END_SECONDS, most)}
+                await service.supervisor.ask("plan", PlanRequest.model_validate(end))
         write_whole(given, "")
     except TightfitError as error:  # the service does without
         log.warning("no example", extra={"why": str(error)})
@@ -56,16 +51,3 @@ async def give_example(service: Service) -> None:
 def example_profile() -> bytes:
     """The profile's JSON."""
     return gzip.decompress(EXAMPLE.read_bytes())
-
-
-def _enqueue(service: Service, kind: JobKind, job_request: Row, profile: str) -> None:
-    service.store.enqueue(
-        kind,
-        lane_of(kind),
-        job_request,
-        content=content_key(kind, job_request),
-        key=None,
-        waiting=service.settings.waiting,
-        uses=[("profile", profile)],
-    )
-    service.supervisor.wake(lane_of(kind))

@@ -16,9 +16,9 @@ from tightfit.planner.service.wire.settings import Settings, loopback
 
 OPEN = ("/healthz", "/page/")
 """paths that are answered without a token, as nothing there is anybody's data"""
-UPLOADS = frozenset({"/v1/profiles/upload", "/v1/bundles"})
+UPLOADS = frozenset({"/v1/uploads/profile", "/v1/uploads/description"})
 """the paths that take large bodies of JSON"""
-DATA = "/v1/uploads"
+DATA = "/v1/uploads/samples"
 """the path that takes files of samples, as they are"""
 JSON, BYTES = "application/json", "application/octet-stream"
 BODY_SECONDS = 60.0
@@ -156,13 +156,15 @@ class Guard:
             raise ServiceError(415, "unsupported_media_type", message, "header.Content-Type")
 
     def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
+        route = getattr(scope.get("route"), "path_format", getattr(scope.get("route"), "path", None))
+        route = route or ("refused" if status in {401, 403, 421} else "unmatched")
+        things = scope.get("path_params", {}).get("things", "")
         client: Any = scope.get("client")
         log.info(
             "request",
             extra={
                 "method": method,
-                "route": route,
+                "route": route.replace("{things}", things),
                 "status": status,
                 "seconds": round(seconds, 6),
                 "client": client[0] if client else None,

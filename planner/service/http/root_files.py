@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.jobs.paths import confined
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.inputs import FileKind, FilesAnswer, FilesKind, FileUnderRoot
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 from tightfit.planner.report.chart_data import shared_files
-from tightfit.planner.service.http.routes_common import service_of
+from tightfit.planner.service.http.described import service_of
 from tightfit.planner.service.wire.errors import not_found
 from tightfit.planner.service.wire.forms import forms
 

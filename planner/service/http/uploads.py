@@ -3,7 +3,7 @@ profile, or the description of a model that is to be traced. Files of samples ar
 lists, which become lines.
 
 A malicious upload can take seconds and gigabytes to parse. In that process time and memory are limited
-(`service.jobs.upload_limits`), and the service answers others meanwhile.
+(`service.jobs.work.upload`), and the service answers others meanwhile.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from tightfit.planner.service.jobs.orders import UPLOAD, JobOrder, UploadKind
-from tightfit.planner.service.jobs.processes import WorkerProcesses
+from tightfit.planner.service.jobs.processes import WorkerProcesses, failure
 from tightfit.planner.service.jobs.store import JobStore, Row, upload_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, UnreadableError
 from tightfit.planner.service.wire.objects import CHUNK, ObjectStore, StoredObject, unpacked
@@ -33,7 +31,6 @@ READ_AT_ONCE = 2
 """processes that parse uploads"""
 MOST_UNREAD = 64
 """whole bodies that may wait for such a process"""
-log = logging.getLogger("tightfit.service")
 
 
 class Uploads:
@@ -148,30 +145,14 @@ class Uploads:
         except TimeoutError:
             message = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller {kind}"
             raise ServiceError(413, "too_large", message, "body") from None
-        return self._file_row(end, last_stderr, kind)
-
-    def _file_row(self, end: dict[str, Any] | None, last_stderr: str, kind: UploadKind) -> Row:
-        if end is not None and "result" in end:
-            file: Row = end["files"][0]
-            return file
-        if end is None or end["code"] == "worker_died":
-            log.warning("an upload was too much for its process", extra={"said": last_stderr})
+        if end is None or "result" not in end:
             message = (
-                f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller"
-                f" {kind}"
+                f"the upload takes more than {settings.check_bytes >> 20} MiB of memory to read; send a smaller {kind}"
             )
-            raise ServiceError(413, "too_large", message, "body")
-        if end["code"] == "storage":
-            raise StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")
-        if end["code"] == "internal":
-            log.error("an upload failed inside", extra={"said": last_stderr})
-            raise ServiceError(500, "internal", "internal error; the service's log tells more")
-        raise ServiceError(
-            end.get("status") or 422,
-            end.get("refusal") or "invalid_request",
-            end["message"],
-            end.get("field") or "body",
-        )
+            too_much = ServiceError(413, "too_large", message, "body")
+            raise failure("an upload", end, last_stderr, too_much, self._objects.folder)
+        file: Row = end["files"][0]
+        return file
 
 
 def _busy(what: str) -> ServiceError:

@@ -8,7 +8,6 @@ import asyncio
 import gzip
 import hashlib
 import json
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,19 +15,17 @@ from collections.abc import Sequence
 from fastapi import Request, Response
 
 from tightfit.planner.service.jobs.orders import VIEW, JobOrder
-from tightfit.planner.service.jobs.processes import WorkerProcesses
+from tightfit.planner.service.jobs.processes import WorkerProcesses, failure
 from tightfit.planner.service.jobs.store import JobStore, Row
-from tightfit.planner.service.wire.errors import ServiceError, StorageError
+from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.settings import Settings
-from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_size
 
 MADE_AT_ONCE = 2
 """views that are made at once, so that a small one does not wait for a large one"""
 MOST_KEPT_BYTES = 64 << 20
 """most bytes of views that are kept, packed"""
-log = logging.getLogger("tightfit.service")
 
 
 class Views:
@@ -46,7 +43,7 @@ class Views:
     async def answer(
         self, request: Request, what: str, rows: Sequence[Row], *, not_runnable: str | None = None
     ) -> Response:
-        """What is shown of stored plans (`service.jobs.viewing.SHOWN`); `not_runnable` says why a plan cannot be run.
+        """What is shown of stored plans (`service.jobs.work.view.SHOWN`); `not_runnable` says why a plan cannot be run.
 
         Raises ServiceError for what is damaged, or takes too long or too much memory to show, and InputError for what
         is no plan.
@@ -100,7 +97,12 @@ class Views:
                 if end is None:  # killed, perhaps while it waited
                     end, last_stderr = await self._ask(order)
             if end is None or "result" not in end:
-                raise self._refusal(end or {"code": "worker_died"}, last_stderr)
+                limit = format_size(self._settings.solve_bytes)
+                message = f"what shows this takes more than {limit} of memory to make; download the file instead"
+                too_much = ServiceError(422, "invalid_request", message)
+                if end is not None and "unreadable" in end:
+                    raise self._store.damaged(end["unreadable"], end["message"])
+                raise failure("a view", end, last_stderr, too_much, self._objects.folder)
             return await asyncio.to_thread(path.read_bytes)
         except TimeoutError:
             message = (
@@ -113,19 +115,3 @@ class Views:
 
     async def _ask(self, order: JobOrder) -> tuple[Row | None, str]:
         return await self._processes.ask(VIEW, order, self._settings.check_seconds)
-
-    def _refusal(self, end: Row, last_stderr: str) -> Exception:
-        """Why a process made no view."""
-        if "unreadable" in end:
-            return self._store.damaged(end["unreadable"], end["message"])
-        if end["code"] == "worker_died":
-            log.warning("a view was too much for its process", extra={"said": last_stderr})
-            limit = format_size(self._settings.solve_bytes)
-            message = f"what shows this takes more than {limit} of memory to make; download the file instead"
-            return ServiceError(422, "invalid_request", message)
-        if end["code"] == "storage":
-            return StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")
-        if end["code"] == "internal":
-            log.error("a view failed inside", extra={"said": last_stderr})
-            return ServiceError(500, "internal", "internal error; the service's log tells more")
-        return InputError(end["message"])

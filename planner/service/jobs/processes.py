@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 from asyncio.subprocess import PIPE, Process
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.service.jobs.orders import JobOrder
+from tightfit.planner.service.wire.errors import ServiceError, StorageError
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import command, python_path
 
 LINE_BYTES = 64 << 20
 LAST_BYTES = 2000
+log = logging.getLogger("tightfit.service")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +127,21 @@ class WorkerProcesses:
                 start_new_session=True,
             )
         return Worker(process=process, stderr_file=stderr_file)
+
+
+def failure(what: str, end: dict[str, Any] | None, last_stderr: str, too_much: ServiceError, folder: Path) -> Exception:
+    """Why a process ended without a result, `too_much` where it died. `folder` is where it writes."""
+    if end is None or end["code"] == "worker_died":
+        log.warning("%s was too much for its process", what, extra={"said": last_stderr})
+        return too_much
+    if end["code"] == "storage":
+        return StorageError(f"{folder}: {end['message']}; free disk space and ask again")
+    if end["code"] == "internal":
+        log.error("%s failed inside", what, extra={"said": last_stderr})
+        return ServiceError(500, "internal", "internal error; the service's log tells more")
+    if "refusal" in end:  # of what was sent
+        return ServiceError(end["status"], end["refusal"], end["message"], end["field"] or "body")
+    return InputError(end["message"])
 
 
 def _environment(cache: Path) -> dict[str, str]:

@@ -27,18 +27,14 @@ from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.labels import file_label, job_label
 from tightfit.planner.service.jobs.tables import make_tables
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk, not_found
-from tightfit.planner.service.wire.inputs import StoredUpload
 from tightfit.planner.service.wire.objects import ObjectStore, StoredObject
 from tightfit.planner.service.wire.schema import (
     FINISHED,
     Digest,
     Error,
-    JobKind,
-    JobList,
-    ResponseBody,
+    Listed,
     ServiceJob,
-    StoredPlan,
-    StoredProfile,
+    StoredFile,
 )
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError, TightfitError
@@ -51,12 +47,12 @@ SET_ASIDE = "set-aside"
 """folder beside the database, with what could not be read: ``JOB.json`` for a job, ``KIND-ID.json`` for a file"""
 JOB_ID = re.compile("job-[0-9a-f]{16}")
 FILE = re.compile("[a-z]+-([0-9a-f]{64}|job-[0-9a-f]{16})")
-LISTED: dict[str, tuple[type[ResponseBody], tuple[str, ...]]] = {
-    "profile": (StoredProfile, ("policies",)),
-    "plan": (StoredPlan, ("status", "budget_bytes", "explanation")),
-    "upload": (StoredUpload, ()),
-}
-"""kind of a file that is listed -> how it is shown, and what its summary has to have"""
+OF_JOBS = frozenset({"report", "metrics", "adapter", "folder", "cache"})
+"""kinds of files that are not listed: they belong to a run, or to nobody"""
+IN_SUMMARY = {"profile": ("policies",), "plan": ("status", "budget_bytes", "explanation")}
+"""kind of a file -> what its summary has to have"""
+ORIGINS = {"profile": "origin", "plan": "profile"}
+"""kind of a file -> what is shown of its column `origin`"""
 NAMING = {
     (table, column): f"UPDATE {table} SET {column} = ? WHERE id = ?"  # noqa: S608  constants
     for table in ("jobs", "files")
@@ -148,7 +144,7 @@ class JobStore:
 
     def enqueue(
         self,
-        kind: JobKind,
+        kind: str,
         lane: str,
         request: Row,
         *,
@@ -490,6 +486,14 @@ class JobStore:
         self.touch(kind, identity)
         return rows[0]
 
+    def needed(self, kind: str, identity: str, field: str | None = None) -> Row:
+        """A file's row. Raises ServiceError 404, naming the field of the request's body that asked for it."""
+        row = self.file(kind, identity)
+        if row is None:
+            error = self.missing(kind, identity)
+            raise ServiceError(error.status, error.code, str(error), field and f"body.{field}")
+        return row
+
     def _file(self, kind: str, identity: str) -> Row | None:
         """A file's row as it is, which does not count as a use."""
         return self._get("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity)
@@ -511,21 +515,20 @@ class JobStore:
         rows = self._page("files", "created", equal, search, after, limit, *([ASKED] if asked else []))
         return Page(items=self._readable(rows.items), next=rows.next)
 
-    def name_file(self, kind: str, identity: str, names: Mapping[str, str | None]) -> None:
-        """Give a file another `title` or `note`."""
+    def name_file(self, kind: str, identity: str, names: Mapping[str, str | None]) -> Row:
+        """Give a file another `title` or `note`. Returns its row; raises ServiceError 404."""
+        self.needed(kind, identity)
         with self._transaction() as database:
             for column, text in names.items():
                 database.execute(f"{NAMING['files', column]} AND kind = ?", (text, identity, kind))
-        self.touch(kind, identity)
+        return self.needed(kind, identity)
 
     def remove_file(self, kind: str, identity: str, *, with_plans: bool = False) -> list[Row]:
         """Forget a file, a profile together with its plans if `with_plans`, and the jobs that have ended and answered
         with what goes, but for runs. Returns the rows that went. Raises ServiceError 404, and 409 where a live job
         needs what is to go, or where plans of a profile exist and are not to go.
         """
-        row = self.file(kind, identity)
-        if row is None:
-            raise self.missing(kind, identity)
+        row = self.needed(kind, identity)
         plans = (
             self._rows("SELECT * FROM files WHERE kind = 'plan' AND origin = ?", identity) if kind == "profile" else []
         )
@@ -542,7 +545,7 @@ class JobStore:
                 _forget(database, file, runs=False)
         return removed
 
-    def job_using(self, file: str, identity: str, kind: JobKind) -> ServiceJob | None:
+    def job_using(self, file: str, identity: str, kind: str) -> ServiceJob | None:
         """The latest job of a kind that has succeeded with a file, whose kind is `file`."""
         row = self._get(
             "SELECT jobs.* FROM jobs JOIN uses ON uses.job = jobs.id WHERE uses.kind = ? AND uses.file = ? AND"
@@ -785,25 +788,25 @@ def _job(row: Row) -> ServiceJob:
 
 def _showable(job: ServiceJob) -> ServiceJob:
     """The job itself, once it has been serialised as in a list of jobs. Raises what that raises."""
-    JobList(jobs=[job]).model_dump_json()
+    Listed(items=[job]).model_dump_json()
     return job
 
 
-def listed(row: Mapping[str, Any]) -> Any:
+def listed(row: Mapping[str, Any]) -> StoredFile:
     """A file as it is listed. Raises whatever reading and showing it raises."""
-    model, summary_fields = LISTED[row["kind"]]
-    summary = json.loads(row["summary"])
-    for name in summary_fields:
+    kind, summary = row["kind"], json.loads(row["summary"])
+    for name in IN_SUMMARY.get(kind, ()):
         summary[name]
-    figures = {**row, "summary": summary, "profile": row["origin"]}
-    return model(**{name: figures[name] for name in model.model_fields})
+    figures = {name: row[name] for name in ("id", "name", "created", "bytes", "label", "title", "note")}
+    figures |= {field: row["origin"] for of, field in ORIGINS.items() if of == kind}
+    return StoredFile(**figures, summary=summary)
 
 
 def _fault(row: Row) -> Exception | None:
     """Why a file's row cannot be read or shown; None where it can."""
     try:
         FileRow(**row).model_dump_json()
-        if row["kind"] in LISTED:
+        if row["kind"] not in OF_JOBS:
             listed(row)
     except Exception as error:
         return error

@@ -18,13 +18,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tightfit.planner.service.jobs.cache import CacheFolder
+from tightfit.planner.service.jobs.kinds import KINDS
 from tightfit.planner.service.jobs.orders import LOCAL, SOLVE, JobOrder
 from tightfit.planner.service.jobs.processes import Worker, WorkerProcesses
-from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore, folder_row
+from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore, content_key, folder_row
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.objects import ObjectStore
-from tightfit.planner.service.wire.schema import Error, JobKind, ServiceJob
+from tightfit.planner.service.wire.schema import Error, RequestBody, ServiceJob
 from tightfit.planner.service.wire.settings import Settings
 
 T = TypeVar("T")
@@ -35,11 +36,6 @@ DISK_SECONDS = 5.0
 """between tries to write where the disk is full"""
 
 log = logging.getLogger("tightfit.service")
-
-
-def lane_of(kind: JobKind) -> str:
-    """Where a job waits for its turn: those that measure or train need this machine's device to themselves."""
-    return LOCAL if kind in {"profile", "run", "answer", "merge"} else SOLVE
 
 
 def cpu_seconds(request: Mapping[str, Any]) -> int | None:
@@ -94,6 +90,26 @@ class Supervisor:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.processes.close()
+
+    async def ask(self, kind: str, body: RequestBody, key: str | None = None) -> ServiceJob:
+        """The job of a request, once it is checked, which an equal one has made already if its kind says so, or one
+        with the same idempotency `key`. Raises ServiceError for what is refused.
+        """
+        asked = await KINDS[kind].check(self.store, self.settings, body)
+        lane = KINDS[kind].lane
+        job, new = self.store.enqueue(
+            kind,
+            lane,
+            asked.request,
+            content=None if asked.repeatable else content_key(kind, asked.request),
+            key=key,
+            waiting=self.settings.waiting,
+            uses=asked.uses,
+            renews=None if asked.renews is None else content_key(kind, asked.renews),
+        )
+        if new:
+            self.wake(lane)
+        return self.events.shown(job)
 
     def wake(self, lane: str) -> None:
         """Tell a lane that it has a new job."""
@@ -179,7 +195,7 @@ class Supervisor:
             await worker.end()
 
     def _order(self, job: ServiceJob) -> JobOrder:
-        alone = lane_of(job.kind) == LOCAL
+        alone = KINDS[job.kind].lane == LOCAL
         rows = self.store.files_of(job.id)
         return JobOrder(
             kind=job.kind,
@@ -202,7 +218,7 @@ class Supervisor:
             await asyncio.sleep(DISK_SECONDS)
         ended = await self._retried(lambda: self._write_end(job, end, code, worker))
         if ended.state == "queued":
-            self.wake(lane_of(job.kind))
+            self.wake(KINDS[job.kind].lane)
         self._announce(ended)
 
     def _write_end(self, job: ServiceJob, end: dict[str, Any] | None, code: int, worker: Worker) -> ServiceJob:

@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from tightfit.runtime.common.parent import end_with_parent
 
 NICE = 5
 """solving leaves the processor to whoever waits for an answer"""
+LOADED = {SOLVE: ("plan", "comparison", "answer-plan"), UPLOAD: ("upload",), VIEW: ("view",)}
+"""lane -> the kinds of orders whose work its processes load before one comes"""
 FIRST_TO_GO = 500
 """oom_score_adj: where the machine is short of memory, a solve ends before the service does"""
 
@@ -44,10 +47,8 @@ def main(lane: str) -> int:
     elif lane != LOCAL:
         _to_the_background()
     # Loaded before the order comes, and before its limit: that is for the work itself.
-    if lane == SOLVE:
-        _work_of("plan")
-    elif lane in {UPLOAD, VIEW}:
-        _work_of(lane)
+    for kind in LOADED.get(lane, ()):
+        _work_of(kind)
     if lane == UPLOAD:
         return _each_in_a_child(events)
     while line := sys.stdin.buffer.readline():  # until the service has ended and needs nothing
@@ -77,42 +78,10 @@ def _each_in_a_child(events: EventWriter) -> int:
 
 
 def _work_of(kind: str) -> Callable[[JobOrder, EventWriter], dict[str, Any]]:
-    """What carries out orders of a kind."""
-    if kind == "run":
-        from tightfit.planner.service.jobs.running import run
-
-        return run
-    if kind == "upload":
-        from tightfit.planner.service.jobs.upload_limits import upload
-
-        return upload
-    if kind == "view":
-        from tightfit.planner.service.jobs.viewing import view
-
-        return view
-    if kind == "profile":
-        from tightfit.planner.service.jobs.profiling import profile
-
-        return profile
-    if kind == "answer":
-        from tightfit.planner.service.jobs.answering import answer
-
-        return answer
-    if kind == "merge":
-        from tightfit.planner.service.jobs.merging import merge
-
-        return merge
-    if kind == "preview":
-        from tightfit.planner.service.jobs.previewing import preview
-
-        return preview
-    if kind == "bundle":
-        from tightfit.planner.service.jobs.bundling import bundle
-
-        return bundle
-    from tightfit.planner.service.jobs.solving import WORK
-
-    return WORK[kind]
+    """What carries out orders of a kind: `do` of the file in `jobs/work` that has its name."""
+    module = import_module(f"tightfit.planner.service.jobs.work.{kind.replace('-', '_')}")
+    work: Callable[[JobOrder, EventWriter], dict[str, Any]] = module.do
+    return work
 
 
 def _carry_out(order: JobOrder, events: EventWriter) -> None:

@@ -54,8 +54,7 @@ export async function download(path, name) {
 // A page of what the service keeps at `/v1/PATH`: {items, next}; what is empty in `query` is not asked for.
 export async function pageOf(path, query) {
   const asked = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
-  const answer = await get(`/v1/${path}?${new URLSearchParams(asked)}`);
-  return { items: answer[path], next: answer.next ?? null };
+  return get(`/v1/${path}?${new URLSearchParams(asked)}`);
 }
 
 // Whether a job has not ended, and those that have not: `query` narrows them.

@@ -30,7 +30,7 @@ export function dataChooser({ name, value = "", none = "Choose or upload a file"
   control.set = set;
   control.value = value;
   read(value, value && dataName(value));
-  if (value.startsWith("upload:")) get("/v1/uploads").then(({ uploads }) => read(value, dataName(value, uploads)), () => {});
+  if (value.startsWith("upload:")) get("/v1/uploads").then(({ items: uploads }) => read(value, dataName(value, uploads)), () => {});
   return control;
 }
 
@@ -41,7 +41,7 @@ function choose(title, random, optional) {
       const bar = progress(`Uploading ${file.name}`);
       drop.replaceChildren(bar);
       try {
-        const kept = await upload(`/v1/uploads?name=${encodeURIComponent(file.name)}`, file);
+        const kept = await upload(`/v1/uploads/samples?name=${encodeURIComponent(file.name)}`, file);
         close({ value: `upload:${kept.id}`, name: kept.name });
       } finally {
         drop.replaceChildren(...offered);
@@ -72,7 +72,7 @@ function choose(title, random, optional) {
 }
 
 async function known() {
-  const [{ files }, { uploads }] = await Promise.all([get("/v1/files?kind=data"), get("/v1/uploads")]);
+  const [{ files }, { items: uploads }] = await Promise.all([get("/v1/files?kind=data"), get("/v1/uploads")]);
   return [
     ...uploads.map((one) => ({ value: `upload:${one.id}`, name: one.name, kind: "uploaded", bytes: one.bytes, created: one.created })),
     ...files.map((one) => ({ value: one.path, name: one.path, kind: KINDS[one.kind] ?? one.kind, bytes: one.bytes, created: one.modified })),

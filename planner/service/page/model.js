@@ -394,7 +394,7 @@ async function explore(place) {
 
   // What is searched for, one stage after the other; each stage's answers are drawn as they come.
   async function find() {
-    const round = ++state.round, { plans } = await get(`/v1/plans?${new URLSearchParams({ profile: id, limit: 1000 })}`);
+    const round = ++state.round, { items: plans } = await get(`/v1/plans?${new URLSearchParams({ profile: id, limit: 1000 })}`);
     if (old(round)) return;
     const stored = plans.filter((plan) => matches(plan.summary)), questions = stored.filter(({ summary }) => summary.budget_bytes === 1);
     keep(stored.filter(({ summary }) => summary.budget_bytes > 1).map((plan) => ({ budget_bytes: plan.summary.budget_bytes, policy: plan.summary.policy, plan: plan.id, summary: plan.summary })));

@@ -91,7 +91,7 @@ async function measurements(box, signal, reload) {
 }
 
 async function failures(box) {
-  const { jobs } = await get("/v1/jobs?kind=profile&state=failed&limit=5");
+  const { items: jobs } = await get("/v1/jobs?kind=profile&state=failed&limit=5");
   const late = jobs.filter((job) => Date.now() / 1000 - (job.finished ?? job.created) < LATELY);
   if (late.length) box.replaceChildren(html("details", {}, html("summary", {}, late.length > 1 ? `${late.length} measurements failed lately` : "A measurement failed lately"), html("ul", { class: "bare" }, ...late.map((job) => html("li", {}, html("a", { href: to("models", job.id) }, measuredModel(job)), `: ${job.error?.message ?? "no reason was given"} `, when(job.finished ?? job.created))))));
 }

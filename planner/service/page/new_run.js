@@ -16,12 +16,12 @@ const PADDED = 0.3; // share of padding from which something is offered against 
 
 export async function show({ root, query, signal, keep, title }) {
   title("Fine-tune");
-  const [{ plans: asked_for }, { profiles }] = await Promise.all([get("/v1/plans?limit=500&asked=true"), get("/v1/profiles?limit=500")]);
+  const [{ items: asked_for }, { items: profiles }] = await Promise.all([get("/v1/plans?limit=500&asked=true"), get("/v1/profiles?limit=500")]);
   if (signal.aborted) return;
   const models = new Map(profiles.map((one) => [one.id, one]));
   const runs = (plan) => models.get(plan.profile)?.origin === "made" && plan.summary.status !== "infeasible" && plan.summary.policy === SOLVER && !plan.summary.elsewhere;
   let usable = asked_for.filter(runs);
-  if (!usable.length) usable = (await get("/v1/plans?limit=500")).plans.filter(runs); // nobody has asked for one: those of curves
+  if (!usable.length) usable = (await get("/v1/plans?limit=500")).items.filter(runs); // nobody has asked for one: those of curves
   const wanted = usable.find((plan) => plan.id === query.plan) ?? (query.plan ? await get(`/v1/plans/${query.plan}`) : null);
   if (signal.aborted) return;
   if (wanted && !usable.includes(wanted)) usable.unshift(wanted);

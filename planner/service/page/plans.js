@@ -16,7 +16,7 @@ function particulars(plan, models) {
 }
 
 export async function show({ root, query, keep, signal }) {
-  const { profiles } = await get("/v1/profiles?limit=1000"), models = new Map(profiles.map((one) => [one.id, one]));
+  const { items: profiles } = await get("/v1/profiles?limit=1000"), models = new Map(profiles.map((one) => [one.id, one]));
   if (signal.aborted) return;
   const all = html("input", { type: "checkbox" });
   all.checked = Boolean(query.all);

@@ -18,7 +18,7 @@ const OTHERS = 30; // runs that can be laid over this one
 
 export async function show({ root, id, query, signal, keep, title }) {
   let job = await get(`/v1/jobs/${id}`);
-  const [metrics, uploads, plan] = await Promise.all([get(`/v1/runs/${id}/metrics`), get("/v1/uploads").catch(() => ({ uploads: [] })), get(`/v1/plans/${job.request.plan}`).catch(() => null)]);
+  const [metrics, uploads, plan] = await Promise.all([get(`/v1/runs/${id}/metrics`), get("/v1/uploads").catch(() => ({ items: [] })), get(`/v1/plans/${job.request.plan}`).catch(() => null)]);
   if (signal.aborted) return;
   title(nameOf(job));
   const run = { id, cap: metrics.budget_bytes, places: metrics.places_per_step, steps: new Map(metrics.steps.map((one) => [one.step, one])), evaluations: metrics.evaluations, planned: plan?.summary.expected_seconds ?? null, latest: job.progress };
@@ -35,7 +35,7 @@ export async function show({ root, id, query, signal, keep, title }) {
   const charts = section(null, html("div", { class: "beside" }, loss.whole, memory.whole), other, steps);
   root.append(
     heading(editable(nameOf(job), async (name) => { const shown = nameOf(Object.assign(job, { title: (await patch(`/v1/jobs/${id}`, { title: name })).title })); title(shown); return shown; }, { action }), cancel, resume, erase),
-    html("p", { class: "soft" }, ...about(job, plan, uploads.uploads)),
+    html("p", { class: "soft" }, ...about(job, plan, uploads.items)),
     note(job.note, (text) => patch(`/v1/jobs/${id}`, { note: text }), action),
     section(null, html("div", { class: "row", id: "run-state" }, state, bar, phases), cards, told), charts, left,
   );
@@ -155,7 +155,7 @@ function saveCsv(ordered) {
 
 // Other runs whose loss is laid over this one's; which ones stands in the address.
 async function offerOthers(box, id, query, keep, views, draw) {
-  const { jobs } = await get(`/v1/jobs?kind=run&limit=${OTHERS}`), others = jobs.filter((job) => job.id !== id);
+  const { items: jobs } = await get(`/v1/runs?limit=${OTHERS}`), others = jobs.filter((job) => job.id !== id);
   if (!others.length) return;
   const chosen = new Set((query.with ?? "").split(",").filter((one) => others.some((job) => job.id === one)));
   const lay = async () => {
@@ -192,7 +192,7 @@ function merging(id) {
     const bar = progress("Merging");
     box.replaceChildren(bar);
     try {
-      const job = await finish(await post(`/v1/runs/${id}/merge`, {}), (latest) => bar.update(latest));
+      const job = await finish(await post("/v1/merges", { run: id }), (latest) => bar.update(latest));
       await download(`/v1/runs/${id}/merged`, `merged-${id}.${job.result.merged.format === "gguf" ? "gguf" : "tar"}`);
     } finally {
       box.replaceChildren(start);

@@ -41,7 +41,7 @@ export async function show({ root, id, query, signal, keep, title }) {
       { title: "Started", value: (job) => job.created, cell: (job) => when(job.created) },
     ],
     load: async (after, search) => {
-      const { items, next } = await pageOf("jobs", { kind: "run", limit: PAGE, after, search });
+      const { items, next } = await pageOf("runs", { limit: PAGE, after, search });
       return { items: await Promise.all(items.map(withLast)), next };
     },
     actions: (chosen) => [

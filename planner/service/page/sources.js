@@ -67,7 +67,7 @@ async function arrive(files, then) {
   if (!known.length) throw wrong;
   known.sort((a, b) => ORDER.indexOf(a.kind) - ORDER.indexOf(b.kind));
   const [first] = known;
-  if (first.kind === "profile" || first.kind === "graph") return then((await post("/v1/profiles/upload", first.text)).id);
+  if (first.kind === "profile" || first.kind === "graph") return then((await post("/v1/uploads/profile", first.text)).id);
   if (first.kind === "plan") return plan(first);
   if (first.kind === "adapter") throw new Error(`${first.file.name} describes an adapter, not a model. Choose its base model, and name the adapter among more options`);
   const header = known.find(({ kind, file }) => kind === "header" && file.name.endsWith(".gguf")) ?? first;
@@ -77,9 +77,9 @@ async function arrive(files, then) {
 
 // A plan names the profile that it was made of: where that is here, the plan or its model is opened.
 async function plan({ file, plan: { profile_fingerprint: of, fingerprint, budget_bytes: budget, policy, model } }) {
-  const { profiles } = await get("/v1/profiles?limit=1000"), profile = profiles.find(({ summary }) => summary.fingerprint === of);
+  const { items: profiles } = await get("/v1/profiles?limit=1000"), profile = profiles.find(({ summary }) => summary.fingerprint === of);
   if (profile) {
-    const { plans } = await get(`/v1/plans?${new URLSearchParams({ profile: profile.id, limit: 1000 })}`), same = plans.find(({ summary }) => summary.fingerprint === fingerprint);
+    const { items: plans } = await get(`/v1/plans?${new URLSearchParams({ profile: profile.id, limit: 1000 })}`), same = plans.find(({ summary }) => summary.fingerprint === fingerprint);
     return same ? go("plans", same.id) : go("models", profile.id, { budget, policy });
   }
   await dialog("A plan", (close) => [

@@ -13,7 +13,7 @@ import { showStep, stepOf } from "./timeline.js";
 const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
 
 export async function show({ root, signal }) {
-  const [{ profiles }, { plans }, { jobs: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}&asked=true`), get(`/v1/jobs?kind=run&limit=${LATEST}`)]);
+  const [{ items: profiles }, { items: plans }, { items: runs }] = await Promise.all([get("/v1/profiles?limit=50"), get(`/v1/plans?limit=${LATEST}&asked=true`), get(`/v1/runs?limit=${LATEST}`)]);
   if (signal.aborted) return;
   const example = profiles.find((one) => one.origin === "example");
   root.append(...[
@@ -33,7 +33,7 @@ export async function show({ root, signal }) {
 
 // What tightfit is about, on a service that holds nothing yet: the example's step in the middle of its curve.
 async function picture(doors, example, signal) {
-  const planned = async () => (await get(`/v1/plans?profile=${example.id}&limit=50`)).plans.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
+  const planned = async () => (await get(`/v1/plans?profile=${example.id}&limit=50`)).items.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
   let fitting = await planned();
   while (!fitting.length && !signal.aborted) { // it is being planned: the service has just begun
     await new Promise((resolve) => setTimeout(resolve, AGAIN));

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tightfit.planner.service.wire.schema import DIGEST, Digest, ListPage, ResponseBody, example_of
+from tightfit.planner.service.wire.schema import ResponseBody, example_of
 
 FilesKind = Literal["models", "data"]
 FileKind = Literal["gguf", "folder", "bundle", "config", "jsonl", "csv", "parquet", "arrow"]
@@ -16,7 +16,6 @@ LLAMA = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30}
 
 UPLOADED = "upload:"
 """what stands before the id of an upload where a path may stand"""
-UPLOAD = {"id": DIGEST, "name": "samples.jsonl", "bytes": 131072, "created": 1790000000.0}
 
 
 def uploaded(data: str | None) -> str | None:
@@ -58,23 +57,6 @@ class FilesAnswer(ResponseBody):
     roots: list[str] = Field(description="names of the folders that are open to requests")
     files: list[FileUnderRoot]
     cut: bool = Field(description="whether there is more: too many files, or reading headers took too long")
-
-
-class StoredUpload(ResponseBody):
-    """A file of samples that was uploaded: `upload:` and its id is what a run takes as data."""
-
-    model_config = example_of(**UPLOAD)
-
-    id: Digest
-    name: str
-    bytes: int
-    created: float
-
-
-class UploadList(ListPage):
-    model_config = example_of(uploads=[UPLOAD])
-
-    uploads: list[StoredUpload]
 
 
 class Shape(ResponseBody):

@@ -159,6 +159,14 @@ class ProfileRequest(_with_options(ProfileOptions, base=ModelRequest)):  # type:
     )
 
 
+class TracingRequest(RequestBody):
+    """Trace a model from its description: its name and configuration, which were uploaded."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"description": DIGEST}]})
+
+    description: Digest = Field(description="`id` of what `/v1/uploads/description` has answered")
+
+
 class PlanRequest(StepRequest):
     model_config = ConfigDict(json_schema_extra={"examples": [{"profile": DIGEST, "memory": "600MiB"}]})
 
@@ -261,8 +269,9 @@ class AnswerRequest(RequestBody):
 class MergeRequest(RequestBody):
     """Add a run's adapter to its model."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"format": "gguf"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"run": JOB, "format": "gguf"}]})
 
+    run: JobId
     format: Literal["gguf", "safetensors"] = Field(
         "gguf", description="gguf: a file for llama.cpp; safetensors: a tar file of a Hugging Face folder"
     )

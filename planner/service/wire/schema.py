@@ -12,7 +12,6 @@ from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.strict_json import is_deeper
 
-JobKind = Literal["profile", "bundle", "plan", "comparison", "answer-plan", "preview", "run", "answer", "merge"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -54,15 +53,10 @@ DESCRIPTION = {
 }
 """some of a `tightfit.profiles.sources.bundle.BundleRequest`"""
 KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072, "title": None, "note": "measured while idle"}
-STORED_PROFILE = KEPT | {
-    "label": "SmolLM2-135M, LoRA rank 8, batch 16, sequence 64",
-    "summary": {"layers": 32, "policies": ["solver", "mebp"]},
-    "name": "SmolLM2-135M",
-    "origin": "made",
-}
 STORED_PLAN = KEPT | {
     "label": "SmolLM2-135M in 600.0 MiB",
     "summary": {"status": "optimal", "step_seconds": 2.65},
+    "name": "SmolLM2-135M, solver",
     "profile": DIGEST,
 }
 CPU = {
@@ -125,7 +119,7 @@ class ServiceJob(Named):
     model_config = example_of(**PLAN_JOB)
 
     id: JobId
-    kind: JobKind
+    kind: str = Field(examples=["plan"])
     state: JobState
     created: float
     started: float | None = None
@@ -160,53 +154,33 @@ SetAside = Annotated[
 ]
 
 
-class ListPage(ResponseBody):
-    """Some of what there is, newest first."""
-
-    next: str | None = Field(None, description="`after` of the request for those that follow; null: there are no more")
-    set_aside: SetAside = []
-
-
-class JobList(ListPage):
-    model_config = example_of(jobs=[PLAN_JOB], next="17_" + JOB)
-
-    jobs: list[ServiceJob]
-
-
 class StoredFile(Named):
-    """A profile or plan that the service keeps. The id is of what it was made of."""
+    """What the service keeps besides jobs. The id is of its content, of a plan of what it was made of."""
 
-    id: Digest
-    created: float
-    bytes: int = Field(description="of the JSON file")
-    summary: dict[str, Any]
-
-
-class StoredProfile(StoredFile):
-    model_config = example_of(**STORED_PROFILE)
-
-    name: str
-    origin: Literal["made", "uploaded", "example"] = Field(
-        description="made: measured on this machine, so that its plans can be run; example: came with the service"
-    )
-
-
-class StoredPlan(StoredFile):
     model_config = example_of(**STORED_PLAN)
 
-    profile: Digest | None = Field(None, description="what it was made from")
+    id: Digest
+    name: str = Field(description="of a model, or of a file of samples")
+    created: float
+    bytes: int = Field(description="of the file")
+    summary: dict[str, Any]
+    origin: Literal["made", "uploaded", "example"] | None = Field(
+        None,
+        description=(
+            "of a profile. made: measured on this machine, so that its plans can be run; example: came with the service"
+        ),
+    )
+    profile: Digest | None = Field(None, description="of a plan: what it was made from")
 
 
-class ProfileList(ListPage):
-    model_config = example_of(profiles=[STORED_PROFILE])
+class Listed(ResponseBody):
+    """Some of what there is, newest first."""
 
-    profiles: list[StoredProfile]
+    model_config = example_of(items=[STORED_PLAN], next="1790000000.0_" + DIGEST)
 
-
-class PlanList(ListPage):
-    model_config = example_of(plans=[STORED_PLAN], next="1790000000.0_" + DIGEST)
-
-    plans: list[StoredPlan]
+    items: list[StoredFile | ServiceJob]
+    next: str | None = Field(None, description="`after` of the request for those that follow; null: there are no more")
+    set_aside: SetAside = []
 
 
 class DeviceAnswer(ResponseBody):

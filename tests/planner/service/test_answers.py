@@ -20,9 +20,10 @@ from served import Served, service
 
 from tightfit.planner.service.client import connect
 from tightfit.planner.service.http.example import example_profile
-from tightfit.planner.service.jobs.answering import _command, _TextSoFar, extract
-from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import JobOrder
+from tightfit.planner.service.jobs.work.answer import _command, _TextSoFar
+from tightfit.planner.service.jobs.work.commands import carry_out
+from tightfit.planner.service.jobs.work.inputs import extract
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.profiles.sources.gguf_source import gguf_source
 from tightfit.profiles.sources.huggingface import directory_source
@@ -103,7 +104,7 @@ def test_what_a_command_fails_with_is_raised(code, error, message):
 
 def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
     with service(tmp_path, example=True) as http:
-        (example,) = http.get("/v1/profiles").json()["profiles"]
+        (example,) = http.get("/v1/profiles").json()["items"]
 
         def refused(status, field, **body):
             answer = http.post("/v1/answers", json={"profile": example["id"], "prompt": "hi"} | body)
@@ -155,7 +156,7 @@ def test_a_model_answers_by_itself_and_with_the_adapter_of_a_run(tmp_path, work,
             work / "model" / "model.safetensors"
         ).read_bytes()
         assert gguf_source(file).config["hidden_size"] == original.config["hidden_size"]
-        again = served.http.post(f"/v1/runs/{run['id']}/merge", json={"format": "gguf"})
+        again = served.http.post("/v1/merges", json={"run": run["id"], "format": "gguf"})
         assert (again.status_code, again.json()["kind"]) == (200, "merge")
         kept = service_bytes(served)
         assert served.http.delete(f"/v1/jobs/{again.json()['id']}").status_code == 204

@@ -22,7 +22,16 @@ from tightfit.planner.service.wire.schema import Error
 
 PATIENCE = 30.0
 """seconds"""
-ROUTES = ("profiles", "bundles", "plans", "comparisons", "answer-plans", "runs", "profiles/upload")
+ROUTES = (
+    "profiles",
+    "bundles",
+    "plans",
+    "comparisons",
+    "answer-plans",
+    "runs",
+    "uploads/profile",
+    "uploads/description",
+)
 TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\ud800", "\0", "", "a" * 5000])
 LEAVES = TEXT | st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from([10**400, -0.0, 1e308])
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4))
@@ -189,7 +198,7 @@ def test_what_is_set_aside_is_told_and_stops_nothing_over_restarts(tmp_path, cap
     for _ in range(2):
         with service(tmp_path) as http:
             told = http.get("/v1/jobs").json()
-            assert (told["jobs"], told["set_aside"]) == ([], [bad.id])
+            assert (told["items"], told["set_aside"]) == ([], [bad.id])
             assert http.get("/healthz").json()["set_aside"] == [bad.id]
             answer = http.get(f"/v1/jobs/{bad.id}")
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
@@ -312,7 +321,7 @@ def test_any_profile_is_refused_or_listed(http, place, value):
     for name in place[:-1]:
         inside = inside[name]
     inside[place[-1]] = value
-    answer = send(http, "profiles/upload", body)
+    answer = send(http, "uploads/profile", body)
     assert answer.status_code < 500, answer.text
     assert http.get("/v1/profiles").status_code == 200
     if answer.status_code in {200, 201}:

@@ -76,7 +76,7 @@ def test_a_service_makes_the_bundle_that_is_made_here(served, request_, tmp_path
         other = requested(tmp_path / "another")
         assert other != request_
         assert (service_.bundle(other, progress=stages.append), stages) == (bundle, [])
-        jobs = service_.get("/v1/jobs?kind=bundle")["jobs"]
+        jobs = service_.get("/v1/jobs?kind=bundle")["items"]
     assert [job["state"] for job in jobs] == ["succeeded"]
     assert jobs[0]["request"]["model"] == "tiny"
     assert SECRET not in json.dumps(jobs)
@@ -135,7 +135,7 @@ def test_a_pattern_of_nested_repeats_is_refused_while_another_plan_goes_through(
 
 def post(http, body):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return http.post("/v1/bundles", content=content, headers={"Content-Type": "application/json"})
+    return http.post("/v1/uploads/description", content=content, headers={"Content-Type": "application/json"})
 
 
 def sent(request, place, value):
@@ -194,7 +194,8 @@ def test_what_has_too_many_tensors_is_refused(served, request_):
 
 def test_a_service_whose_jobs_have_too_little_memory_says_so(tmp_path, request_):
     with service(tmp_path, solve_bytes=300 << 20) as http:
-        answer = post(http, request_.model_dump(mode="json"))
+        description = post(http, request_.model_dump(mode="json")).json()["id"]
+        answer = http.post("/v1/bundles", json={"description": description})
     assert answer.status_code == 422
     told = answer.json()["error"]["message"]
     assert told.startswith(
@@ -253,7 +254,7 @@ def secure(tmp_path_factory):
 def test_https_with_a_certificate_of_one_s_own(secure, tmp_path, monkeypatch):
     assert secure.url.startswith("https://127.0.0.1:")
     with connect(secure.url, token=TOKEN, certificate=secure.certificate) as service_:
-        assert service_.get("/v1/jobs") == {"jobs": [], "next": None, "set_aside": []}
+        assert service_.get("/v1/jobs") == {"items": [], "next": None, "set_aside": []}
     with (
         connect(secure.url, token="wrong", certificate=secure.certificate) as wrong,
         pytest.raises(InputError, match="set TIGHTFIT_TOKEN to the service's token"),

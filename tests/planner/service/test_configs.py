@@ -17,10 +17,10 @@ from reference import CONFIGS
 from tiny_models import header_of, random_weights, write_gguf
 
 from tightfit.planner.plan import plan
-from tightfit.planner.service.http.routes_profiles import _source
-from tightfit.planner.service.jobs import profiling
+from tightfit.planner.service.jobs.kinds import source_of
 from tightfit.planner.service.jobs.labels import config_name, job_label
 from tightfit.planner.service.jobs.orders import JobOrder
+from tightfit.planner.service.jobs.work import profile as profiling
 from tightfit.planner.service.wire.errors import ServiceError
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.requests import ProfileRequest
@@ -34,7 +34,7 @@ OLMO = FAMILIES["OLMo 2"]
 
 def source(tmp_path, config):
     settings = Settings(data_dir=tmp_path, command=("tightfit",))
-    return _source(settings, ProfileRequest(config=config))
+    return source_of(settings, ProfileRequest(config=config))
 
 
 REFUSED = [
@@ -92,8 +92,9 @@ def test_the_service_checks_configs_and_loads_neither_pytorch_nor_a_solver():
     pytest.importorskip("transformers")
     code = (
         "import sys\n"
-        "from tightfit.planner.service.http import app, routes_profiles\n"
-        f"routes_profiles.check_config({OLMO!r}, 'config')\n"
+        "from tightfit.planner.service.http import app\n"
+        "from tightfit.planner.service.jobs import kinds\n"
+        f"kinds.check_config({OLMO!r}, 'config')\n"
         "print([name for name in ('torch', 'transformers', 'ortools') if name in sys.modules])"
     )
     done = subprocess.run(
@@ -122,7 +123,7 @@ def test_the_header_of_a_file_is_taken_as_a_config_with_its_precision(tmp_path):
     weights = random_weights(CONFIGS["llama"])
     header = header_of(write_gguf(tmp_path / "a.gguf", CONFIGS["llama"], weights, metadata={"general.name": "Tiny"}))
     settings = Settings(data_dir=tmp_path, command=("tightfit",))
-    taken = _source(settings, ProfileRequest(header=header))
+    taken = source_of(settings, ProfileRequest(header=header))
     assert (taken["base"], taken["config"]["_name_or_path"]) == ("4bit", "Tiny")
     assert taken["config"]["hidden_size"] == CONFIGS["llama"]["hidden_size"]
     assert (
@@ -130,7 +131,7 @@ def test_the_header_of_a_file_is_taken_as_a_config_with_its_precision(tmp_path):
         == "Tiny, batch 1, sequence 16"
     )
     with pytest.raises(ServiceError, match="choose the model's config") as caught:
-        _source(settings, ProfileRequest(header=header | {"metadata": {"format": "pt"}}))
+        source_of(settings, ProfileRequest(header=header | {"metadata": {"format": "pt"}}))
     assert (caught.value.status, caught.value.field) == (422, "body.header")
     with pytest.raises(ValidationError, match="exactly one of path, hub, config and header"):
         ProfileRequest(header=header, config=CONFIGS["llama"])
@@ -165,7 +166,7 @@ def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, mon
     )
     objects = ObjectStore(tmp_path / "objects")
     told = []
-    made = profiling.profile(order, SimpleNamespace(progress=lambda **what: told.append(what)))
+    made = profiling.do(order, SimpleNamespace(progress=lambda **what: told.append(what)))
     kept = {row["kind"]: row for row in made["files"]}
     assert kept["cache"]["id"].endswith("/config.json")
     objects.place(kept["profile"]["digest"], kept["profile"]["staged"])

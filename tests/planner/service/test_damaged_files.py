@@ -50,7 +50,7 @@ def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path):
     least, body = minimum_budget(profile), profile.model_dump(mode="json")
     with service(tmp_path) as http:
         objects = http.app.state.service.objects
-        identity = http.post("/v1/profiles/upload", json=body).json()["id"]
+        identity = http.post("/v1/uploads/profile", json=body).json()["id"]
         first = asked(http, identity, least)
         plan = first["result"]["plan"]
         for number, damage in enumerate(sorted(DAMAGES)):
@@ -59,7 +59,7 @@ def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path):
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), damage
             assert f"set aside as set-aside/plan-{plan}.json" in answer.json()["error"]["message"]
             told = http.get("/v1/plans").json()
-            assert (told["plans"], told["set_aside"]) == ([], [f"plan-{plan}"])
+            assert (told["items"], told["set_aside"]) == ([], [f"plan-{plan}"])
             for path in ("", "/file", "/view"):
                 assert "was set aside" in http.get(f"/v1/plans/{plan}{path}").json()["error"]["message"]
             # Its job no longer answers: what is asked for again is made again.
@@ -72,10 +72,10 @@ def test_what_is_damaged_on_disk_is_set_aside_and_made_anew(tmp_path):
             failed = asked(http, identity, least + 4096 * (1 + number))
             assert (failed["state"], failed["error"]["code"]) == ("failed", "input"), damage
             assert f"set aside as set-aside/profile-{identity}.json" in failed["error"]["message"]
-            assert http.get("/v1/profiles").json()["profiles"] == []
-            assert http.post("/v1/profiles/upload", json=body).json()["id"] == identity
+            assert http.get("/v1/profiles").json()["items"] == []
+            assert http.post("/v1/uploads/profile", json=body).json()["id"] == identity
             DAMAGES[damage](objects.path(identity))
-            assert http.post("/v1/profiles/upload", json=body).status_code == 200  # which mends it
+            assert http.post("/v1/uploads/profile", json=body).status_code == 200  # which mends it
             assert http.get(f"/v1/profiles/{identity}/file").json()["batch"] == body["batch"]
     with service(tmp_path) as http:
         assert http.get("/healthz").json()["set_aside"] == [f"plan-{plan}", f"profile-{identity}"]
@@ -108,5 +108,5 @@ def test_what_is_stored_and_cannot_be_used_is_told_in_words(tmp_path, content):
         assert (failed["state"], failed["error"]["code"]) == ("failed", "input")
         assert failed["error"]["message"].startswith(f"the stored profile {'1' * 64}: ")
         for kind in ("profile", "plan"):
-            assert [one["id"] for one in http.get(f"/v1/{kind}s").json()[f"{kind}s"]] == ["1" * 64]
+            assert [one["id"] for one in http.get(f"/v1/{kind}s").json()["items"]] == ["1" * 64]
             assert http.get(f"/v1/{kind}s/{'1' * 64}/file").status_code == 200

@@ -61,7 +61,7 @@ def test_a_plan_is_deleted_with_its_object(http, own):
     digest = own.store.file("plan", IDS["plan"])["digest"]
     answer = http.delete(f"/v1/plans/{IDS['plan']}")
     assert (answer.status_code, answer.content) == (204, b"")
-    assert http.get("/v1/plans").json()["plans"] == []
+    assert http.get("/v1/plans").json()["items"] == []
     assert digest not in stored(own)[0]
     assert len(stored(own)[0]) == 1
     refused(http.delete(f"/v1/plans/{IDS['plan']}"), 404)
@@ -82,9 +82,9 @@ def test_a_profile_goes_with_its_plans_or_not_at_all(http, own):
     message = refused(http.delete(f"{path}?with_plans=false"))
     assert message.startswith("2 plans of the profile")
     assert message.endswith("would be without it; delete them too (with_plans=true)")
-    assert len(http.get("/v1/plans").json()["plans"]) == 2
+    assert len(http.get("/v1/plans").json()["items"]) == 2
     assert http.delete(f"{path}?with_plans=true").status_code == 204
-    assert http.get("/v1/plans").json()["plans"] == http.get("/v1/profiles").json()["profiles"] == []
+    assert http.get("/v1/plans").json()["items"] == http.get("/v1/profiles").json()["items"] == []
     assert stored(own)[0] == set()
 
 

@@ -28,13 +28,13 @@ def test_the_example_is_of_this_version_and_names_no_machine():
 
 
 def profiles(http):
-    return http.get("/v1/profiles").json()["profiles"]
+    return http.get("/v1/profiles").json()["items"]
 
 
 def ended(http, kind):
     until = time.monotonic() + PATIENCE
     while True:
-        jobs = http.get("/v1/jobs", params={"kind": kind}).json()["jobs"]
+        jobs = http.get("/v1/jobs", params={"kind": kind}).json()["items"]
         if all(job["state"] not in {"queued", "running"} for job in jobs):
             return jobs
         assert time.monotonic() < until, jobs
@@ -86,13 +86,13 @@ def test_who_has_a_profile_gets_no_example_and_who_deletes_it_not_again(tmp_path
 
     with service(tmp_path / "used") as http:
         headers = {"Content-Type": "application/json"}
-        sent = http.post("/v1/profiles/upload", content=example_profile(), headers=headers)
+        sent = http.post("/v1/uploads/profile", content=example_profile(), headers=headers)
         assert sent.status_code == 201
         (uploaded,) = profiles(http)
         assert (uploaded["id"], uploaded["origin"]) == (example["id"], "uploaded")
     with service(tmp_path / "used", example=True) as http:
         assert [profile["origin"] for profile in profiles(http)] == ["uploaded"]
-        assert http.get("/v1/jobs").json()["jobs"] == []
+        assert http.get("/v1/jobs").json()["items"] == []
 
 
 @pytest.mark.parametrize("content", [b"{}", b"no json"])

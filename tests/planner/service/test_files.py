@@ -13,10 +13,10 @@ from served import service
 from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
 from tightfit.planner.service.http import root_files
-from tightfit.planner.service.http.paths import confined
 from tightfit.planner.service.http.root_files import files_under
-from tightfit.planner.service.http.routes_files import get_gallery
-from tightfit.planner.service.http.routes_profiles import _source
+from tightfit.planner.service.http.routes_machine import get_gallery
+from tightfit.planner.service.jobs.kinds import source_of
+from tightfit.planner.service.jobs.paths import confined
 from tightfit.planner.service.wire.requests import ProfileRequest
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.profiles.api import profile
@@ -209,7 +209,7 @@ def test_the_gallery_has_the_published_numbers_of_parameters():
 def test_a_shape_of_each_family_in_the_gallery_can_be_profiled(shape, tmp_path, cache):
     """By the road of a request with `config`: checked by the service, then traced; its times are estimated here."""
     settings = Settings(data_dir=tmp_path, command=("tightfit",))
-    request = _source(settings, ProfileRequest(config=shape.config, seq=64))
+    request = source_of(settings, ProfileRequest(config=shape.config, seq=64))
     file = tmp_path / "config.json"
     file.write_text(json.dumps(request["config"]))
     made = profile(file, seq=64, lora_rank=8, device="phone")

@@ -104,10 +104,10 @@ def refused(answer, status, code, field=None):
 
 
 def test_a_profile_is_kept_once(served, profile, uploaded):
-    again = served.http.post("/v1/profiles/upload", json=json.loads(profile.model_dump_json()))
+    again = served.http.post("/v1/uploads/profile", json=json.loads(profile.model_dump_json()))
     assert (again.status_code, again.json()["id"]) == (200, uploaded)
     assert again.json()["summary"]["layers"] == len(profile.layers)
-    assert uploaded in [one["id"] for one in served.http.get("/v1/profiles").json()["profiles"]]
+    assert uploaded in [one["id"] for one in served.http.get("/v1/profiles").json()["items"]]
     file = served.http.get(f"/v1/profiles/{uploaded}/file")
     assert file.text == canonical_json(profile)
     plain = served.http.get(f"/v1/profiles/{uploaded}/file", headers={"Accept-Encoding": "identity"})
@@ -136,7 +136,7 @@ def test_a_plan_is_the_library_s(served, profile, uploaded, minimum):
     again = served.http.post("/v1/plans", json=asked | {"memory": str(minimum + 4096)})
     assert (again.status_code, again.json()["id"]) == (200, job["id"])
     assert served.http.get(f"/v1/plans/{plan}").json()["profile"] == uploaded
-    assert plan in [one["id"] for one in served.http.get(f"/v1/plans?profile={uploaded}").json()["plans"]]
+    assert plan in [one["id"] for one in served.http.get(f"/v1/plans?profile={uploaded}").json()["items"]]
 
 
 def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
@@ -253,12 +253,12 @@ def test_every_route_refuses_query_fields_that_it_does_not_have(served):
     """Before anything else is looked at."""
     asked = 0
     for path, methods in served.http.get("/openapi.json").json()["paths"].items():
-        address = re.sub(r"\{\w+\}", UNKNOWN, path)
+        address = re.sub(r"\{\w+\}", UNKNOWN, path.replace("{things}", "plans").replace("{kind}", "profile"))
         for method in methods if path.startswith("/v1/") else ():
             answer = served.http.request(method, f"{address}?unheard_of=1")
             refused(answer, 422, "invalid_request", "query.unheard_of")
             asked += 1
-    assert asked > 25
+    assert asked > 20
 
 
 def test_what_is_not_there(served):
@@ -295,7 +295,7 @@ def test_what_is_not_there(served):
     # A stream lasts as long as its job: without its body it would hold up the connection as long.
     head = served.http.head("/v1/jobs/job-0123456789abcdef/events")
     assert (head.status_code, head.headers["allow"]) == (405, "GET")
-    refused(served.http.get("/v1/plans/short"), 422, "invalid_request", "path.identity")
+    refused(served.http.get("/v1/plans/short"), 404, "not_found")
 
 
 def test_an_uploaded_profile_is_planned_but_never_run(served, uploaded, minimum):
@@ -308,7 +308,7 @@ def test_an_uploaded_profile_is_planned_but_never_run(served, uploaded, minimum)
 def test_bodies_that_are_refused(served, profile):
     def post(body, **headers):
         headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
-        return served.http.post("/v1/profiles/upload", content=body, headers=headers)
+        return served.http.post("/v1/uploads/profile", content=body, headers=headers)
 
     bomb = gzip.compress(b" " * (65 << 20), 9)
     assert "unpacks to more than" in refused(post(bomb, Content_Encoding="gzip"), 413, "too_large")
@@ -337,7 +337,7 @@ def test_an_upload_that_unfolds_is_refused_and_costs_the_service_no_memory(serve
 
     def post(body):
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        return served.http.post("/v1/profiles/upload", content=gzip.compress(body, 9), headers=headers)
+        return served.http.post("/v1/uploads/profile", content=gzip.compress(body, 9), headers=headers)
 
     def peak():
         status = Path(f"/proc/{served.process.pid}/status").read_text()
@@ -649,7 +649,7 @@ def test_it_tells_about_itself(served, uploaded, minimum):
     device = served.http.get("/v1/devices").json()["devices"][0]
     assert (device["name"], device["local"]) == ("cpu", True)
     assert len(served.http.get("/v1/devices").json()["devices"]) > 3
-    jobs = served.http.get("/v1/jobs?kind=plan&state=succeeded&limit=2").json()["jobs"]
+    jobs = served.http.get("/v1/jobs?kind=plan&state=succeeded&limit=2").json()["items"]
     assert 0 < len(jobs) <= 2
 
 
@@ -688,7 +688,7 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
 def test_a_bare_graph_from_elsewhere(served):
     """Operators with seconds and bytes are enough: planned, told and drawn operator by operator."""
     graph = (ROOT / "examples" / "bare-graph.json").read_bytes()
-    answer = served.http.post("/v1/profiles/upload", content=graph, headers={"Content-Type": "application/json"})
+    answer = served.http.post("/v1/uploads/profile", content=graph, headers={"Content-Type": "application/json"})
     assert answer.status_code == 201, answer.text
     identity, policies = answer.json()["id"], answer.json()["summary"]["policies"]
     assert policies == ["solver", "keep-all", "checkpoint-layers", "checkpoint-sqrt"]

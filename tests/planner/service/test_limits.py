@@ -25,10 +25,10 @@ from synthetic import decoder_like, small_chain
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.problem.optimizers import chosen
 from tightfit.planner.service.jobs import supervisor
-from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.store import ATTEMPTS, JobStore
 from tightfit.planner.service.jobs.supervisor import Supervisor, cpu_seconds
-from tightfit.planner.service.jobs.upload_limits import check_size
+from tightfit.planner.service.jobs.work.keeping import keep_profile
+from tightfit.planner.service.jobs.work.upload import check_size
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.objects import ObjectStore
@@ -52,7 +52,7 @@ def minimum(profile):
 
 
 def upload(http, profile):
-    answer = http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
+    answer = http.post("/v1/uploads/profile", json=profile.model_dump(mode="json"))
     assert answer.status_code in {200, 201}, answer.text
     return answer.json()["id"]
 
@@ -196,7 +196,7 @@ def test_an_upload_over_its_memory_or_its_time_fails_alone(tmp_path, profile):
         with service(tmp_path, **limits) as http:
             large = decoder_like(24).model_dump(mode="json")
             large["tensors"] += [large["tensors"][0] | {"name": f"t{number}"} for number in range(50_000)]
-            answer = http.post("/v1/profiles/upload", json=large)
+            answer = http.post("/v1/uploads/profile", json=large)
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
             assert answer.json()["error"]["message"] == told
             assert http.get("/healthz").status_code == 200
@@ -214,7 +214,7 @@ def test_more_uploads_than_can_be_read_are_told_to_come_later(tmp_path, profile,
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(f"tightfit.planner.service.http.uploads.{limit}", 0)
-                answer = http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
+                answer = http.post("/v1/uploads/profile", json=profile.model_dump(mode="json"))
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "busy")
             assert answer.json()["error"]["message"] == f"{told} already; ask again in a minute"
         upload(http, profile)
@@ -228,7 +228,7 @@ def test_what_is_here_already_is_known_without_being_read_again(tmp_path, profil
         monkeypatch.setattr("tightfit.planner.service.jobs.processes.WorkerProcesses.take", None)
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         body = gzip.compress(canonical_json(profile).encode())
-        answer = http.post("/v1/profiles/upload", content=body, headers=headers)
+        answer = http.post("/v1/uploads/profile", content=body, headers=headers)
         assert (answer.status_code, answer.json()["id"]) == (200, identity)
 
 
@@ -389,7 +389,7 @@ def test_a_service_on_a_full_disk_says_so_when_it_is_started(tmp_path):
         assert "Traceback" not in done.stderr
         filler.unlink()
         with service(disk) as http:
-            assert len(http.get("/v1/profiles").json()["profiles"]) == 1
+            assert len(http.get("/v1/profiles").json()["items"]) == 1
 
 
 def test_an_error_tells_no_path_of_the_server(tmp_path):
@@ -422,7 +422,7 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
             database.execute("PRAGMA max_page_count = 1000000")  # this one was planned and written down before
         other = small_chain(4).model_dump(mode="json")
         other["model"]["name"] = "long " * 20_000
-        refusal = http.post("/v1/profiles/upload", json=other)
+        refusal = http.post("/v1/uploads/profile", json=other)
         assert (refusal.status_code, refusal.json()["error"]["code"]) == (507, "storage")
         assert refusal.json()["error"]["message"].startswith(
             "service.sqlite: database or disk is full; free disk space"

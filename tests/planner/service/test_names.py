@@ -66,7 +66,7 @@ def test_a_file_is_called_by_the_name_that_it_is_given(http, own, kind):
     http.patch(path, json={"title": "mine"})
     keep(own, kind)
     assert http.get(path).json()["title"] == "mine"
-    assert http.get(f"/v1/{kind}s").json()[f"{kind}s"][0]["title"] == "mine"
+    assert http.get(f"/v1/{kind}s").json()["items"][0]["title"] == "mine"
     http.patch(path, json={"title": None, "note": None})
 
 
@@ -110,12 +110,12 @@ def test_what_is_not_there_has_no_name(http):
         assert http.patch(f"/v1/{path}", json={"title": "x"}).status_code == 404, path
 
 
-def pages(http, path, name, **query):
+def pages(http, path, **query):
     """The ids of a list, page by page."""
     query |= {"limit": 2}
     while query is not None:
         answer = http.get(path, params=query).json()
-        yield [item["id"] for item in answer[name]]
+        yield [item["id"] for item in answer["items"]]
         query = None if answer["next"] is None else query | {"after": answer["next"]}
 
 
@@ -129,16 +129,16 @@ def test_lists_come_in_pages(tmp_path):
         numbers = range(5)
         files = [keep(own, "profile", number) for number in numbers]
         own.store._database.execute("UPDATE files SET created = 1790000000.1234567")
-        listing = pages(http, "/v1/profiles", "profiles")
+        listing = pages(http, "/v1/profiles")
         assert next(listing) == [files[4], files[3]]
         keep(own, "profile", 9)
         assert list(listing) == [[files[2], files[1]], [files[0]]]
         jobs = [ask(own, "run" if number % 2 else "comparison", {"n": number}) for number in numbers]
-        listing = pages(http, "/v1/jobs", "jobs")
+        listing = pages(http, "/v1/jobs")
         assert next(listing) == [jobs[4], jobs[3]]
         ask(own, "run", {})
         assert list(listing) == [[jobs[2], jobs[1]], [jobs[0]]]
-        assert list(pages(http, "/v1/jobs", "jobs", kind="comparison", state="queued")) == [
+        assert list(pages(http, "/v1/jobs", kind="comparison", state="queued")) == [
             [jobs[4], jobs[2]],
             [jobs[0]],
         ]
@@ -158,7 +158,7 @@ def test_lists_are_searched(tmp_path):
         run = ask(own, "run", {"plan": plans[0], "data": "/srv/private/reviews.jsonl"})
 
         def found(what, search, **query):
-            return [item["id"] for item in http.get(f"/v1/{what}", params={"search": search} | query).json()[what]]
+            return [item["id"] for item in http.get(f"/v1/{what}", params={"search": search} | query).json()["items"]]
 
         assert found("plans", "telefon") == found("plans", "FÜR slow") == found("plans", "%") == [plans[0]]
         assert found("plans", "telefon slower") == []
@@ -167,7 +167,7 @@ def test_lists_are_searched(tmp_path):
         assert found("plans", "mebp", profile="f" * 64) == []
         assert found("jobs", "tiny reviews") == [run]
         assert found("jobs", "private") == []  # where it lies is told to nobody
-        listing = pages(http, "/v1/plans", "plans", search="mebp")
+        listing = pages(http, "/v1/plans", search="mebp")
         assert list(listing) == [[plans[2], plans[1]], [plans[0]]]
 
 
@@ -192,7 +192,7 @@ def test_plans_that_nobody_asked_for_can_be_left_out(tmp_path):
         http.patch(f"/v1/plans/{rows_by_name(rows)['compared and named']}", json={"title": "mine"})
 
         def told(**query):
-            return [rows[identity] for page in pages(http, "/v1/plans", "plans", **query) for identity in page]
+            return [rows[identity] for page in pages(http, "/v1/plans", **query) for identity in page]
 
         assert told() == list(rows.values())[::-1]
         assert told(asked=True) == ["compared and named", "compared and run", "asked for"]
@@ -239,6 +239,6 @@ def test_a_job_is_labelled_by_what_it_is_of(kind, request_fields, label):
 
 
 def test_a_profile_that_is_uploaded_is_labelled(http):
-    told = http.post("/v1/profiles/upload", json=small_chain(3, layers=2).model_dump(mode="json")).json()
+    told = http.post("/v1/uploads/profile", json=small_chain(3, layers=2).model_dump(mode="json")).json()
     assert told["label"].startswith(f"{told['name']}, ")
     assert (told["title"], told["note"]) == (None, None)

@@ -11,8 +11,8 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.planner.service.client import connect
 from tightfit.planner.service.http.example import example_profile
-from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.store import JobStore
+from tightfit.planner.service.jobs.work.keeping import keep_profile
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import Redaction
 from tightfit.profiles.api import profile
@@ -85,13 +85,13 @@ def test_uploaded_data_are_shown_with_their_columns(served):
 @pytest.mark.slow
 def test_a_model_that_is_not_here_shows_nothing(tmp_path):
     with service(tmp_path, example=True) as http:
-        (example,) = http.get("/v1/profiles").json()["profiles"]
+        (example,) = http.get("/v1/profiles").json()["items"]
         body = {"profile": example["id"], "data": "random"}
         answer = http.post("/v1/previews", json=body)
         assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.profile")
         assert answer.json()["error"]["message"].startswith("the example was measured on another machine; put SmolLM2")
     with service(tmp_path / "uploaded") as http:
         headers = {"Content-Type": "application/json"}
-        stored = http.post("/v1/profiles/upload", content=example_profile(), headers=headers).json()
+        stored = http.post("/v1/uploads/profile", content=example_profile(), headers=headers).json()
         answer = http.post("/v1/previews", json={"profile": stored["id"], "data": "x"})
         assert "was not made by this service" in answer.json()["error"]["message"]

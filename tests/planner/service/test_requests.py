@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from tightfit.planner.service.http.routes_page import FORMS, _files
 from tightfit.planner.service.jobs.orders import JobOrder
-from tightfit.planner.service.jobs.running import _command
+from tightfit.planner.service.jobs.work.run import _command
 from tightfit.planner.service.wire.forms import forms
 from tightfit.planner.service.wire.requests import ComparisonRequest, PlanRequest, ProfileRequest, RunRequest
 from tightfit.planner.service.wire.schema import DIGEST

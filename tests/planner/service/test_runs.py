@@ -21,7 +21,7 @@ from places import SOURCES
 from served import PATIENCE, Served
 
 from tightfit.planner.service.client import connect
-from tightfit.planner.service.jobs.running import BEFORE, TRAINING, RunClock, _run_to_end, _wait_for_orphan
+from tightfit.planner.service.jobs.work.run import BEFORE, TRAINING, RunClock, _run_to_end, _wait_for_orphan
 from tightfit.runtime.common.errors import RunError
 
 

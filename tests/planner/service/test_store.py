@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.jobs.paths import confined
 from tightfit.planner.service.jobs.store import (
     ATTEMPTS,
     JobStore,
@@ -450,7 +450,7 @@ def test_a_folder_is_open_only_where_no_link_in_it_leads_out(tmp_path, monkeypat
     (snapshot / "deeper").mkdir()
     refuse(snapshot / "deeper" / "up", outside, "hub/snapshots/1")
     refuse(data / "b.jsonl", "../../outside/secret.jsonl", "hub/snapshots/1")  # through the link to the other root
-    monkeypatch.setattr("tightfit.planner.service.http.paths.MOST_ENTRIES", 1)
+    monkeypatch.setattr("tightfit.planner.service.jobs.paths.MOST_ENTRIES", 1)
     with pytest.raises(ServiceError, match="'reviews' holds more than 1 files"):
         confined("reviews", roots, "data")
 

@@ -14,8 +14,8 @@ from served import Served, service
 
 from tightfit.planner.service.client import connect
 from tightfit.planner.service.jobs.orders import JobOrder
-from tightfit.planner.service.jobs.running import _command
-from tightfit.planner.service.jobs.uploaded_data import placed
+from tightfit.planner.service.jobs.work.inputs import placed
+from tightfit.planner.service.jobs.work.run import _command
 from tightfit.runtime.common.errors import InputError
 
 SAMPLES = lines(ROWS).encode()
@@ -30,7 +30,7 @@ def http(tmp_path):
 
 def upload(http, name="samples.jsonl", content=SAMPLES, **headers):
     headers = {"Content-Type": "application/octet-stream"} | headers
-    return http.post("/v1/uploads", params={"name": name}, content=content, headers=headers)
+    return http.post("/v1/uploads/samples", params={"name": name}, content=content, headers=headers)
 
 
 def message(answer, status, field):
@@ -49,8 +49,8 @@ def test_an_upload_is_kept_under_its_name_and_listed(http):
     other = upload(http, name="held out.jsonl").json()
     assert other["id"] != stored["id"]
     listed = http.get("/v1/uploads").json()
-    assert [found["name"] for found in listed["uploads"]] == ["held out.jsonl", "samples.jsonl"]
-    assert [found["id"] for found in http.get("/v1/uploads", params={"search": "held"}).json()["uploads"]] == [
+    assert [found["name"] for found in listed["items"]] == ["held out.jsonl", "samples.jsonl"]
+    assert [found["id"] for found in http.get("/v1/uploads", params={"search": "held"}).json()["items"]] == [
         other["id"]
     ]
 
@@ -98,7 +98,7 @@ def test_what_is_uploaded_is_limited(http):
     # What takes JSON does not take bytes instead.
     answer = http.post("/v1/plans", content=b"{}", headers={"Content-Type": "application/octet-stream"})
     assert "send application/json" in message(answer, 415, "header.Content-Type")
-    assert http.get("/v1/uploads").json()["uploads"] == []
+    assert http.get("/v1/uploads").json()["items"] == []
     assert not list((http.app.state.service.objects.temporary).glob("upload-*"))
 
 
@@ -119,7 +119,7 @@ def test_an_upload_that_is_not_used_goes_with_age_and_takes_no_run_with_it(http)
     removed = own.store.expire(before=0.0, keep_bytes=0)
     assert [row["kind"] for row in removed] == ["upload"]
     assert own.store.job(run.id).state == "cancelled"
-    assert http.get("/v1/uploads").json()["uploads"] == []
+    assert http.get("/v1/uploads").json()["items"] == []
 
 
 def test_an_upload_is_deleted_unless_a_job_needs_it(http):
@@ -221,7 +221,7 @@ def test_a_model_is_trained_on_uploaded_data(tmp_path, work, measured):
         assert "no upload" in message(refused, 404, "body.data")
         headers = {"Content-Type": "application/octet-stream"}
         params = {"name": "samples.jsonl"}
-        stored = served.http.post("/v1/uploads", params=params, content=SAMPLES, headers=headers).json()
+        stored = served.http.post("/v1/uploads/samples", params=params, content=SAMPLES, headers=headers).json()
         job = served.wait(
             served.ask("/v1/runs", data=f"upload:{stored['id']}", eval_data=f"upload:{stored['id']}", **asked)
         )

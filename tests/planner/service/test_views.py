@@ -16,10 +16,10 @@ from synthetic import small_chain
 
 from tightfit.planner.plan import plan as solve_here
 from tightfit.planner.service.http import views
-from tightfit.planner.service.jobs import viewing
 from tightfit.planner.service.jobs.orders import JobOrder
 from tightfit.planner.service.jobs.processes import WorkerProcesses
 from tightfit.planner.service.jobs.store import file_row
+from tightfit.planner.service.jobs.work import view as viewing
 
 IDS = ("1" * 64, "2" * 64)
 
@@ -86,7 +86,7 @@ def test_the_service_makes_no_views_itself():
     modules = "import sys; import tightfit.planner.service.http.app; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", modules], capture_output=True, text=True, check=True).stdout.split()
     assert "tightfit.planner.service.http.views" in loaded
-    assert not [name for name in loaded if name.endswith(("jobs.view", "jobs.viewing"))]
+    assert not [name for name in loaded if name.startswith("tightfit.planner.service.jobs.work")]
 
 
 def test_others_are_answered_while_a_view_is_made_and_who_asks_for_the_same_shares_it(http, monkeypatch):
@@ -187,7 +187,7 @@ def test_plans_that_were_read_before_give_way_where_memory_is_short(tmp_path, pl
         digests={IDS[0]: "d"},
     )
     viewing._read.cache_clear()
-    assert viewing.view(order, None) == {"result": {}}
+    assert viewing.do(order, None) == {"result": {}}
     assert tried == [0, 0]
     assert json.loads(gzip.decompress(path.read_bytes()))["fingerprint"] == plans[0].fingerprint
     viewing._read.cache_clear()

@@ -278,7 +278,7 @@ def test_passing_over_budgets_asks_for_no_plan(page, served, decoder):
     """Only what somebody enters, asks for by a button or drags to does, and that where something may fit."""
 
     def count():
-        return len(served.http.get(f"/v1/plans?profile={decoder}&asked=true&limit=500").json()["plans"])
+        return len(served.http.get(f"/v1/plans?profile={decoder}&asked=true&limit=500").json()["items"])
 
     before = count()
     page.locator("#slider").focus()
@@ -366,7 +366,7 @@ def test_the_address_brings_back_what_is_looked_at(browser, page, served, decode
     expect(page.locator("#verdict")).to_contain_text("by the rule “Stream the weights”")
     assert f"#/models/{decoder}?budget=" in page.url
     assert "policy=mebp" in page.url
-    jobs = len(served.http.get("/v1/jobs?limit=1000").json()["jobs"])
+    jobs = len(served.http.get("/v1/jobs?limit=1000").json()["items"])
     with opened(browser, served, decoder, "?" + page.url.partition("?")[2]) as again:
         expect(again.locator("#verdict")).to_have_text(page.locator("#verdict").inner_text())
         assert again.input_value("#policy") == "mebp"
@@ -374,7 +374,7 @@ def test_the_address_brings_back_what_is_looked_at(browser, page, served, decode
         again.locator("details:has(#curve-table) > summary").click()
         assert table(again) == table(page)
         # What was searched for is found again: nothing is searched for a second time.
-        assert len(served.http.get("/v1/jobs?limit=1000").json()["jobs"]) == jobs
+        assert len(served.http.get("/v1/jobs?limit=1000").json()["items"]) == jobs
     page.select_option("#policy", "solver")
 
 
@@ -406,7 +406,7 @@ def test_a_curve_goes_on_while_nobody_looks(browser, served):
         settled(page)
         # What is left behind complains nowhere.
         expect(page.locator("#problem")).to_be_hidden()
-    jobs = [job["request"] for job in served.http.get("/v1/jobs?limit=1000").json()["jobs"]]
+    jobs = [job["request"] for job in served.http.get("/v1/jobs?limit=1000").json()["items"]]
     of_it = [json.dumps(one, sort_keys=True) for one in jobs if one.get("profile") == identity]
     assert len(of_it) == len(set(of_it))
 
@@ -418,7 +418,7 @@ def test_names_of_any_length_and_with_markup_stay_text(browser, served):
     for one in graph["operators"]:
         one["name"], one["inputs"] = long[one["name"]], [long[name] for name in one.get("inputs", [])]
     graph["name"] = "<img src=x onerror=alert(1)>" * 9
-    identity = served.http.post("/v1/profiles/upload", json=graph).json()["id"]
+    identity = served.http.post("/v1/uploads/profile", json=graph).json()["id"]
     with opened(browser, served, identity, viewport={"width": 1200, "height": 900}) as page:
         set_budget(page, round(number(page.locator("#smallest").inner_text()) * 0.9, 1))
         expect(page.locator("#help")).to_contain_text("<script>")
@@ -434,7 +434,7 @@ def test_a_small_graph_is_told_in_figures(browser, served):
         for i in range(8)
     ]
     graph = {"format": "tightfit-graph", "operators": operators}
-    identity = served.http.post("/v1/profiles/upload", json=graph).json()["id"]
+    identity = served.http.post("/v1/uploads/profile", json=graph).json()["id"]
     with opened(browser, served, identity, f"?budget={40 << 10}") as page:
         verdict = page.locator("#verdict")
         expect(verdict).to_contain_text("fits 0.0391 MiB")

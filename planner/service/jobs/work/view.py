@@ -22,7 +22,7 @@ LEVEL = 4
 """of gzip: as small as is fast"""
 
 
-def view(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Write what the order asks for to the file that it names, as JSON packed with gzip."""
     make = SHOWN[order.request["what"]]
     try:

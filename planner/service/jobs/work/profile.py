@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tightfit.planner.report.summary import profile_summary
 from tightfit.planner.service.jobs.cache import STORES, CacheFolder
-from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.labels import config_name
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.work.keeping import keep_profile
 from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.planner.service.wire.redaction import PATHS
 from tightfit.profiles.api import profile as measure
@@ -19,7 +19,7 @@ from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.engine.weights.layout import store_path
 
 
-def profile(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Measure a model and store its profile; returns the profile's id, and the files that it and its runs need."""
     assert order.lock is not None
     cache = CacheFolder(cache_directory())

@@ -13,7 +13,7 @@ from tightfit.planner.service.wire.objects import ObjectStore
 from tightfit.profiles.steps.tracing_process import make_bundle
 
 
-def bundle(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Make a bundle of the model that the order names."""
     request = parse_request(order.content(order.request["description"]))
     made = make_bundle(

@@ -26,7 +26,7 @@ from tightfit.planner.io import parse_plan
 from tightfit.planner.plan_result import sealed
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row
-from tightfit.planner.service.jobs.uploaded_data import placed
+from tightfit.planner.service.jobs.work.inputs import placed
 from tightfit.planner.service.wire.objects import CHUNK, ObjectStore
 from tightfit.planner.service.wire.redaction import with_paths
 from tightfit.profiles.option_fields import options_of, word_of
@@ -78,7 +78,7 @@ class RunClock:
         }
 
 
-def run(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
     objects = ObjectStore(Path(order.objects))
     folder = Path(order.folder)

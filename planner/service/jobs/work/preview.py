@@ -8,9 +8,8 @@ from pathlib import Path
 
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row
-from tightfit.planner.service.jobs.uploaded_data import placed
+from tightfit.planner.service.jobs.work.inputs import placed, profile_of
 from tightfit.planner.service.wire.redaction import with_paths
-from tightfit.profiles.io import parse_profile
 from tightfit.profiles.sources.lookup import vocabulary
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.preview import preview as read
@@ -18,10 +17,10 @@ from tightfit.runtime.session.options import DataOptions
 from tightfit.runtime.session.settings import packs
 
 
-def preview(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Read the beginning of the data; what was wrong with single lines is part of the result."""
     request, options = order.request, DataOptions.of(order.request)
-    profile = parse_profile(order.content(request["profile"]), f"the stored profile {request['profile']}")
+    profile = profile_of(order)
     if profile.model.kind != "decoder":
         raise InputError(
             f"{profile.model.name} is no language model: it learns from batches of its own, not from samples"

@@ -4,18 +4,15 @@ generate`, whose text is told as it comes.
 
 from __future__ import annotations
 
-import io
-import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
-from tightfit.planner.service.jobs.running import device
 from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.work.commands import carry_out
+from tightfit.planner.service.jobs.work.inputs import adapter_of, profile_of
+from tightfit.planner.service.jobs.work.run import device
 from tightfit.planner.service.wire.redaction import with_paths
-from tightfit.profiles.io import parse_profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.strict_json import to_json
 
@@ -24,7 +21,7 @@ AUTO = "auto"
 FIGURES = ("text", "tokens", "seconds", "first_seconds", "end", "peak_bytes", "budget_bytes")
 
 
-def answer(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Answer a prompt, alone on the device."""
     with (
         device(order, events) as lock,
@@ -48,22 +45,9 @@ class _TextSoFar:
             self._events.progress(stage="answering", text=self._text)
 
 
-def adapter_of(order: JobOrder, folder: Path) -> Path:
-    """The adapter of the run that the order names, unpacked in `folder`."""
-    with tarfile.open(fileobj=io.BytesIO(order.content(order.request["run"]))) as archive:
-        extract(archive, folder)
-    return folder / "adapter"
-
-
-def extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Unpack an archive that a service has written. Python before 3.11.4, as Debian 12 has it, knows no filters."""
-    filters: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-    archive.extractall(folder, **filters)  # noqa: S202
-
-
 def _command(order: JobOrder, folder: Path) -> list[str]:
     request = order.request
-    profile = parse_profile(order.content(request["profile"]), f"the stored profile {request['profile']}")
+    profile = profile_of(order)
     if profile.model.kind != "decoder":
         raise InputError(f"{profile.model.name} is no language model, and answers nothing")
     model = with_paths(profile.model, order.paths)

@@ -8,17 +8,16 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from tightfit.planner.service.jobs.answering import adapter_of
-from tightfit.planner.service.jobs.commands import carry_out
 from tightfit.planner.service.jobs.orders import MERGED, EventWriter, JobOrder
-from tightfit.planner.service.jobs.running import device
 from tightfit.planner.service.jobs.store import Row, folder_row
+from tightfit.planner.service.jobs.work.commands import carry_out
+from tightfit.planner.service.jobs.work.inputs import adapter_of, profile_of
+from tightfit.planner.service.jobs.work.run import device
 from tightfit.planner.service.wire.errors import failing_disk
 from tightfit.planner.service.wire.redaction import with_paths
-from tightfit.profiles.io import parse_profile
 
 
-def merge(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Leave the merged model in the job's folder, beside which nothing else stays."""
     folder, request = Path(order.folder), order.request
     with device(order, events) as lock:
@@ -26,7 +25,7 @@ def merge(order: JobOrder, events: EventWriter) -> Row:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
-            profile = parse_profile(order.content(request["profile"]), f"the stored profile {request['profile']}")
+            profile = profile_of(order)
             base = with_paths(profile.model, order.paths).source
             out = folder / (MERGED["gguf"] if request["format"] == "gguf" else "merged")
             words = [*order.command, "merge", str(adapter_of(order, folder)), f"--output={out}", f"--base={base}"]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.problem.step_graph import step_graph
-from tightfit.planner.service.jobs.keeping import keep_profile
 from tightfit.planner.service.jobs.orders import EventWriter, JobOrder
 from tightfit.planner.service.jobs.store import Row, file_row, upload_row
+from tightfit.planner.service.jobs.work.keeping import keep_profile
 from tightfit.planner.service.wire.bundles import canonical_request, parse_request
 from tightfit.planner.service.wire.errors import ServiceError, invalid
 from tightfit.planner.service.wire.objects import ObjectStore, unpacked
@@ -30,7 +30,7 @@ MOST_CONTAINERS = 3_000_000
 """objects and lists of JSON in one upload"""
 
 
-def upload(order: JobOrder, events: EventWriter) -> Row:
+def do(order: JobOrder, events: EventWriter) -> Row:
     """Keep what is in the file that the order names."""
     request, objects = order.request, ObjectStore(Path(order.objects))
     with Path(request["path"]).open("rb") as file:

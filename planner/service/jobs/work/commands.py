@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from signal import SIGKILL
 
-from tightfit.planner.service.jobs.running import failure_of
 from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.work.run import failure_of
 from tightfit.runtime.common.children import last_words, start
 
 
