@@ -161,7 +161,7 @@ def test_a_run_that_fails_says_nothing_beside_another(browser, served):
     metrics = {"budget_bytes": 1 << 30, "places_per_step": None, "steps": [], "evaluations": []}
     held = []
     with tab(browser, at(served, "runs"), expected=("404",)) as page:
-        page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [left, other], "next": None}))
+        page.route("**/v1/runs?*", lambda route: route.fulfill(json={"items": [left, other], "next": None}))
         page.route("**/metrics", lambda route: route.fulfill(json=metrics))
         page.route("**/report", lambda route: route.fulfill(json=report))
         for job in (left, other):
@@ -359,7 +359,7 @@ def test_what_is_left_of_a_run_has_its_evaluations(browser, served, request_, la
 
 def fake_run(page, job, metrics, *, report=None, summary=None):
     """Answer for the service what it would say of a run."""
-    page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [job], "next": None}))
+    page.route("**/v1/runs?*", lambda route: route.fulfill(json={"items": [job], "next": None}))
     page.route("**/metrics", lambda route: route.fulfill(json=metrics))
     page.route("**/report", lambda route: route.fulfill(json=report))
     page.route(f"**/v1/jobs/{job['id']}", lambda route: route.fulfill(json=job))
@@ -434,7 +434,7 @@ def test_a_run_that_is_done_shows_first_what_it_has_learnt(browser, served):
         expect(tiles.nth(2)).to_contain_text("2.0000")
         expect(page.locator(".cards")).to_contain_text("90.0 MiBof 100.0 MiB")
         # The list has the same figures, also of one that did not come to its end.
-        page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [job, cancelled], "next": None}))
+        page.route("**/v1/runs?*", lambda route: route.fulfill(json={"items": [job, cancelled], "next": None}))
         page.goto(at(served, "runs"))
         expect(page.locator(".listing tbody tr")).to_have_count(2)
         told = [row[2:7] for row in rows(page, ".listing")]
@@ -484,8 +484,8 @@ def test_plans_to_choose_from_are_those_that_were_asked_for_by_model(browser, se
     models = [model("a", 8, title="my model"), model("b", 4), model("c", 8, origin="uploaded")]
     with tab(browser, at(served, "runs")) as page:
         page.evaluate("id => sessionStorage.setItem('tightfit-model', id)", "a" * 64)
-        page.route("**/v1/plans?*asked=true*", lambda route: route.fulfill(json={"plans": plans}))
-        page.route("**/v1/profiles?*", lambda route: route.fulfill(json={"profiles": models}))
+        page.route("**/v1/plans?*asked=true*", lambda route: route.fulfill(json={"items": plans}))
+        page.route("**/v1/profiles?*", lambda route: route.fulfill(json={"items": models}))
         page.goto(at(served, "runs?new=1"))
         choice = page.get_by_label("Plan", exact=True)
         expect(choice).to_have_value("2" * 64)  # the latest of the model that one comes from
