@@ -70,7 +70,7 @@ class Elsewhere:
     def choose(self, problems: Sequence[ChoiceProblem]) -> Sequence[Choice | None]:
         """What stays in memory between the tokens of answers (`tightfit.planner.generation.choice.Choose`)."""
         asked = [problem.model_dump() for problem in problems]
-        place = cache_place("generation", "choices", PROFILE_VERSION, asked)
+        place = cache_place("generation/choices", PROFILE_VERSION, asked)
         known = None if self._force else kept(place, CHOICES.validate_json)
         if known is not None:
             return known

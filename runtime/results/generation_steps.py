@@ -27,7 +27,7 @@ def answers_of(source: Source) -> Answers:
         for name in CODE
         for path in ([PACKAGE / name] if (PACKAGE / name).is_file() else sorted((PACKAGE / name).rglob("*.py")))
     ]
-    place = cache_place("generation", "steps", releases, source.config, code)
+    place = cache_place("generation/steps", releases, source.config, code)
     answers = kept(place, Answers.model_validate_json)
     if answers is None:
         answers = traced_answers(source)

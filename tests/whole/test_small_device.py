@@ -124,7 +124,7 @@ def test_a_bundle_answers_as_its_model_does(folder: Path, cache: Path, tmp_path:
         name: answered(folder, *model, *words, device=False, cache=tmp_path / name) for name, model in named.items()
     }
     assert answers["ordinary"] == answers["light"] == answers["whole"] != ""
-    assert [len(list(tmp_path.glob(f"{name}/generation/steps-*"))) for name in named] == [1, 0, 0]
+    assert [len(list(tmp_path.glob(f"{name}/generation/steps/*"))) for name in named] == [1, 0, 0]
 
 
 @pytest.mark.slow

@@ -78,13 +78,6 @@ async def _timeline(request: Request, identity: str) -> Response:
     return await service_of(request).views.answer(request, "timeline", [row])
 
 
-async def changes(request: Request, identity: str, other: str) -> Response:
-    """Tensor by tensor: kept, recomputed, offloaded, streamed, packed, unpacked in this plan and in the other."""
-    service = service_of(request)
-    rows = [service.store.needed("plan", name) for name in (identity, other)]
-    return await service.views.answer(request, "changes", rows)
-
-
 async def _report(request: Request, identity: str) -> Response:
     """A run's report.json: predicted beside measured."""
     return await file_response(request, file_of_run(service_of(request).store, identity, "report"))

@@ -24,7 +24,7 @@ from tightfit.planner.service.http.described import (
     service_of,
 )
 from tightfit.planner.service.http.guard import BYTES, JSON
-from tightfit.planner.service.http.parts import TAR, changes
+from tightfit.planner.service.http.parts import TAR
 from tightfit.planner.service.http.things import THINGS
 from tightfit.planner.service.jobs.kinds import KINDS, JobKind, run_of
 from tightfit.planner.service.jobs.store import listed
@@ -377,4 +377,6 @@ async def get_part(request: Request, things: ListName, identity: Identity, part:
 )
 async def get_changes(request: Request, identity: Digest, other: Digest) -> Response:
     """Tensor by tensor: kept, recomputed, offloaded, streamed, packed, unpacked in this plan and in the other."""
-    return await changes(request, identity, other)
+    service = service_of(request)
+    rows = [service.store.needed("plan", plan) for plan in (identity, other)]
+    return await service.views.answer(request, "changes", rows)

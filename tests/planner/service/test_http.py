@@ -510,7 +510,7 @@ def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile
     assert told == explained(planner, planner.plan(minimum + 20480), time_limit=30.0, left=30.0)
     assert [worth.change_bytes for worth in told.neighbours] == [-NEIGHBOUR_BYTES, NEIGHBOUR_BYTES]
     view = served.http.get(f"/v1/plans/{identity}/view").json()
-    assert any("MiB more" in sentence for sentence in view["sentences"])
+    assert any("MiB more" in sentence for sentence in view["details"])
     assert view["peak"]["bytes"] == sum(part["bytes"] for part in view["peak"]["parts"]) == there.peak_bytes
 
 
@@ -704,7 +704,7 @@ def test_a_bare_graph_from_elsewhere(served):
     # Nothing fits, so no bound is finite: JSON says null, the client says infinity.
     with connect(served.url) as service:
         assert service.stored_plan(unfit).minimum_budget_bytes == told["minimum_budget_bytes"]
-    assert served.http.get(f"/v1/plans/{unfit}/view").json()["sentences"]
+    assert served.http.get(f"/v1/plans/{unfit}/view").json()["gist"]
     plan = served.result("/v1/plans", profile=identity, memory=told["minimum_budget_bytes"])["plan"]
     view = served.http.get(f"/v1/plans/{plan}/view").json()
     operators = [one["name"] for one in json.loads(graph)["operators"]]
