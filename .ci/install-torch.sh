@@ -18,7 +18,7 @@ pip() {
 if "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
     exit
 fi
-if pip config list | grep -Eq '\.(index-url|extra-index-url|find-links|no-index|constraint)='; then
+if pip config list | grep -E '\.(index-url|extra-index-url|find-links|no-index|constraint)=' > /dev/null; then
     echo "PyTorch: the build that pip's configuration leads to"
 elif ! timeout 15 "$python" -m pip index versions torch --index-url "$index" --timeout 3 --retries 0 > /dev/null 2>&1; then
     echo "PyTorch: the build that pip takes by itself, as $index does not answer"

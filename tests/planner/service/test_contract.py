@@ -26,7 +26,8 @@ def served(tmp_path_factory):
     service.identity = service.upload(small_chain(3, layers=2))
     yield service
     service.stop()
-    assert not [line for line in service.lines() if line["level"] == "error"]
+    errors = [line for line in service.lines() if line["level"] == "error"]
+    assert not errors, json.dumps(errors, indent=2)
 
 
 @pytest.fixture(scope="module")
