@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 from tightfit.planner.fleet.bounds import Candidate, Division, DivisionBounds, Held
 from tightfit.planner.fleet.fleet_search import (
@@ -23,17 +22,17 @@ from tightfit.planner.fleet.fleet_search import (
     SumChain,
     SumSearch,
 )
-from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.io import sealed_fleet
 from tightfit.planner.fleet.members import (
     MemberSpec,
     check_one_model,
     check_side,
     checked_count,
     checked_members,
-    described,
     differences,
     lacking,
     shared,
+    trained_tensors,
 )
 from tightfit.planner.fleet.options import FleetOptions, FleetPlanOptions, PipelineOptions, SharedBatchesOptions
 from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, no_time, while_there_is_time
@@ -47,21 +46,10 @@ from tightfit.planner.fleet.part_profiles import (
     side_shape,
     update_seconds,
 )
-from tightfit.planner.fleet.parts import RINGS, message_bytes, messages_bytes, passed_of, passing_of
+from tightfit.planner.fleet.parts import RINGS, message_bytes, messages_bytes, passed_of
 from tightfit.planner.fleet.programs import shared_by_weight
 from tightfit.planner.fleet.replay import one_way, replayed
-from tightfit.planner.fleet.schema import (
-    Baseline,
-    F,
-    FleetPlan,
-    Member,
-    PipelineBaseline,
-    PipelinePlan,
-    SideMember,
-    SidePlan,
-    StageMember,
-    StepMember,
-)
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Kind, Member, Part, Replica
 from tightfit.planner.fleet.simulate import own_layers, simulate_fleet
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import gap_to, sealed
@@ -70,22 +58,13 @@ from tightfit.planner.problem.gradients import refuse_tables
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Gap
 from tightfit.profiles.option_fields import keywords_of
-from tightfit.profiles.schema import MOBILLM
+from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.units import format_seconds, format_size
 
-S = TypeVar("S", FleetPlan, PipelinePlan, SidePlan)
 __all__ = ["MemberSpec", "least_seconds", "plan_fleet", "plan_kind", "plan_pipeline", "plan_side"]
 
-UNJUDGED: dict[str, Any] = {
-    "fingerprint": "",
-    "makespan_seconds": 0.0,
-    "bound_seconds": 0.0,
-    "gap": 0.0,
-    "solve_seconds": 0.0,
-}
-"""fields of a plan whose figures are not known yet"""
 SEARCH_SHARE = 0.85
 """of the time limit: for the chains of data parallel, or the divisions of a pipeline; the rest is for one device alone,
 and for what is compared with the plan
@@ -128,7 +107,7 @@ def plan_fleet(
 @keywords_of(PipelineOptions)
 def plan_pipeline(
     members: Sequence[MemberSpec], micro_batches: int, asked: PipelineOptions
-) -> tuple[PipelinePlan, dict[str, Plan]]:
+) -> tuple[FleetPlan, dict[str, Plan]]:
     """The same over a model that is cut into stages. `bits`: 8 to send activations and gradients rounded to 8 bits per
     row, 0 as they are. Raises InputError for a model that cannot be cut too, and InfeasibleError where no division
     fits.
@@ -139,7 +118,7 @@ def plan_pipeline(
 @keywords_of(SideOptions)
 def plan_side(
     members: Sequence[MemberSpec], micro_batches: int, asked: SideOptions
-) -> tuple[SidePlan, dict[str, Plan]]:
+) -> tuple[FleetPlan, dict[str, Plan]]:
     """The plan of a step of `micro_batches` micro-batches, with its proof, and the plans of both members by name.
 
     `members`: the device with its profile of the model, and the server with its profile of the side network, in this
@@ -159,7 +138,7 @@ def plan_side(
 @keywords_of(FleetOptions)
 def plan_kind(
     members: Sequence[MemberSpec], micro_batches: int, asked: FleetOptions
-) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
+) -> tuple[FleetPlan, dict[str, Plan], str | None]:
     """The plan of a fleet and those of its members, as `plan_fleet` or `plan_pipeline` make them, and why it is of this
     kind where that was left open.
 
@@ -197,7 +176,7 @@ def plan_kind(
     if data is None:
         return pipeline, stages, "a pipeline: no device can hold a micro-batch of the whole model"
     takes = format_seconds(pipeline.makespan_seconds)
-    if pipeline.makespan_seconds < data.makespan_seconds and len(pipeline.chain) > 1:
+    if pipeline.makespan_seconds < data.makespan_seconds and len(pipeline.names) > 1:
         return pipeline, stages, f"a pipeline ({takes}): shorter than {alone}"
     return data, plans, f"{alone}: the best pipeline found takes {takes}"
 
@@ -227,7 +206,15 @@ def _of_one_model(members: Sequence[MemberSpec], bits: int | None = None) -> lis
 
 
 class FleetPlanner:
-    """What planners of steps and of rounds share: the time that they have, and how a plan is sealed."""
+    """What planners of steps and of rounds share: the time that they have, and how a plan is stated and sealed."""
+
+    kind: ClassVar[Kind]
+    accumulate: int
+    """micro-batches of an update"""
+    micro_batches: int
+    """of a step, or a round"""
+    aside_bytes: int = 0
+    """of each device's budget: for processes beside the run"""
 
     def __init__(self, specs: Sequence[MemberSpec], asked: FleetPlanOptions, gap: float) -> None:
         self.specs, self.names = specs, [spec.name for spec in specs]
@@ -240,16 +227,68 @@ class FleetPlanner:
     def report(self, stage: str, makespan: float = math.inf, bound: float = 0.0) -> None:
         """Say how far the search is; the makespan is infinite where there is none yet."""
         if self.asked.progress is not None:
-            told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - self.started}
+            figures = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - self.started}
             gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
-            self.asked.progress({"stage": stage, "gap": gap, **told})
+            self.asked.progress({"stage": stage, "gap": gap, **figures})
 
-    def judged(
-        self, fleet: F, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan] | None = None, **more: Any
-    ) -> F:
-        """The fleet's plan with `more` fields and the seconds that it took, sealed, and found to be valid."""
-        fleet = sealed_fleet(fleet.model_copy(update={**more, "solve_seconds": time.monotonic() - self.started}))
-        simulate_fleet(fleet, plans, server_plans)
+    def member(self, at: int, reason: str | None = None) -> Member:
+        """A device as the plan states it; `reason`: why it takes no part."""
+        spec = self.specs[at]
+        return Member(
+            name=spec.name,
+            device=spec.profile.device.name,
+            measured=spec.profile.device.measured,
+            budget_bytes=spec.budget_bytes,
+            link=spec.link,
+            aside_bytes=self.aside_bytes,
+            reason=reason,
+        )
+
+    def part(self, at: int, plan: Plan, /, **fields: Any) -> Part:
+        """What a device computes by this plan."""
+        figures: dict[str, Any] = {
+            "member": self.names[at],
+            "plan": self.names[at],
+            "plan_fingerprint": plan.fingerprint,
+            "peak_bytes": plan.peak_bytes + self.aside_bytes,
+            "micro_batch_seconds": plan.step_seconds,
+            "bound_seconds": plan.bound_seconds,
+        }
+        return Part(**figures | fields)
+
+    def stated(self, replicas: Sequence[Replica], reason: Callable[[int], str], **fields: Any) -> FleetPlan:
+        """The plan of these replicas, with the members that take part in their order, then the others, each with its
+        `reason`; not sealed yet.
+        """
+        taking = dict.fromkeys(
+            part.member for replica in replicas for part in replica.parts if part.member in self.names
+        )
+        members = [self.member(self.names.index(name)) for name in taking]
+        members += [self.member(at, reason(at)) for at, name in enumerate(self.names) if name not in taking]
+        profile = self.specs[0].profile
+        figures: dict[str, Any] = {
+            "fingerprint": "",
+            "kind": self.kind,
+            "model": profile.model.name,
+            "batch": profile.batch,
+            "micro_batches": self.micro_batches,
+            "accumulate": self.accumulate,
+            "makespan_seconds": 0.0,
+            "bound_seconds": 0.0,
+            "gap": 0.0,
+            "solve_seconds": 0.0,
+        }
+        return FleetPlan(members=members, replicas=list(replicas), **figures | fields)
+
+    def exactness(self, profiles: Mapping[str, Profile], rounded: Sequence[str] = ()) -> dict[str, Any]:
+        """Whether results are the same to the bit on devices with these profiles, where messages are not `rounded`."""
+        unlike = [*differences(profiles), *rounded]
+        return {"bit_identical": not unlike, "differences": unlike}
+
+    def judged(self, fleet: FleetPlan, plans: Mapping[str, Plan], **fields: Any) -> FleetPlan:
+        """The fleet's plan with these `fields` and the seconds that it took, sealed, and found to be valid."""
+        fleet = sealed_fleet(fleet.model_copy(update={**fields, "solve_seconds": time.monotonic() - self.started}))
+        simulate_fleet(fleet, plans)
         return fleet
 
 
@@ -259,11 +298,8 @@ def figures_of(makespan: float, bound: float) -> dict[str, Any]:
     return {"makespan_seconds": makespan, "bound_seconds": bound, "gap": gap_to(makespan, bound)}
 
 
-class _StepPlanner(FleetPlanner, Generic[S]):
-    """A filling says what is searched, what the members of the best are, and what it is compared with."""
-
-    schema: type[S]
-    member: ClassVar[type[StepMember | SideMember]]
+class _StepPlanner(FleetPlanner):
+    """A filling says what is searched, what the replicas of the best are, and what it is compared with."""
 
     def __init__(
         self,
@@ -271,10 +307,10 @@ class _StepPlanner(FleetPlanner, Generic[S]):
         micro_batches: int,
         asked: SharedBatchesOptions | PipelineOptions | SideOptions,
     ) -> None:
-        self.micro_batches = checked_count(micro_batches)
+        self.micro_batches = self.accumulate = checked_count(micro_batches)
         super().__init__(specs, asked, asked.gap)
 
-    def plan(self) -> tuple[S, dict[str, Plan]]:
+    def plan(self) -> tuple[FleetPlan, dict[str, Plan]]:
         interrupted = False
         try:
             self.search()
@@ -284,50 +320,20 @@ class _StepPlanner(FleetPlanner, Generic[S]):
             if interrupted:
                 raise KeyboardInterrupt
             raise self.nothing_fits()
-        parts, plans = self.parts()
-        fleet = self._replayed(parts, plans)
-        compared: dict[str, Any] = {}
+        replicas, plans = self.replicas()
+        fleet = self.stated(replicas, self.reason, **self.fields(replicas))
+        simulation = replayed(fleet, plans)
+        figures = figures_of(simulation.makespan_seconds, self.bound(fleet))
+        fleet = fleet.model_copy(update=vars(simulation) | figures)
+        compared: list[Baseline] = []
         with suppress(KeyboardInterrupt):  # the plan is what was asked for first
             compared = self.compared(interrupted=interrupted)
-        return self.judged(fleet, plans, **compared), plans
+        return self.judged(fleet, plans, baselines=compared), plans
 
-    def _replayed(self, parts: Sequence[Any], plans: Mapping[str, Plan]) -> S:
-        """The plan of these members that take part, with the figures of its replay."""
-        taking: set[str] = {part.name for part in parts}
-        idle: list[Any] = [
-            self.stated(at, reason=self.reason(at)) for at, spec in enumerate(self.specs) if spec.name not in taking
-        ]
-        profile = self.specs[0].profile
-        fleet = self.schema(
-            **UNJUDGED,
-            model=profile.model.name,
-            micro_batches=self.micro_batches,
-            batch=profile.batch,
-            members=[*parts, *idle],
-            **self.fields(parts),
-        )
-        found = replayed(fleet, plans)
-        known = {name: value for name, value in vars(found).items() if name in self.schema.model_fields}
-        return fleet.model_copy(update=known | figures_of(found.makespan_seconds, self.bound(fleet)))
-
-    def stated(self, at: int, plan: Plan | None = None, **more: Any) -> Any:
-        """A member with its plan; None: it takes no part."""
-        figures: dict[str, Any] = {}
-        if plan is not None:
-            figures = {
-                "plan": plan_file(self.names[at]),
-                "plan_fingerprint": plan.fingerprint,
-                "micro_batch_seconds": plan.step_seconds,
-                "bound_seconds": plan.bound_seconds,
-                "peak_bytes": plan.peak_bytes,
-            }
-        return self.member(**described(self.specs[at]), **figures | more)
-
-    def exactness(self, parts: Sequence[Any], rounded: Sequence[str] = ()) -> dict[str, Any]:
-        """Whether the results are those of one process, where messages are not `rounded`."""
-        taking: set[str] = {part.name for part in parts}
-        unlike = [*differences({s.name: s.profile for s in self.specs if s.name in taking}), *rounded]
-        return {"bit_identical": not unlike, "differences": unlike}
+    def taking(self, replicas: Sequence[Replica]) -> dict[str, Profile]:
+        """The profiles of the members that take part."""
+        names = {part.member for replica in replicas for part in replica.parts}
+        return {spec.name: spec.profile for spec in self.specs if spec.name in names}
 
     # --- what a filling says ----------------------------------------------------------------------------------------
 
@@ -340,15 +346,15 @@ class _StepPlanner(FleetPlanner, Generic[S]):
         """Search; Ctrl-C may end it."""
         raise NotImplementedError
 
-    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
-        """The members that take part, in their order, and their plans."""
+    def replicas(self) -> tuple[list[Replica], dict[str, Plan]]:
+        """The replicas of the best, and the plans of their parts."""
         raise NotImplementedError
 
-    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
+    def fields(self, replicas: Sequence[Replica]) -> dict[str, Any]:
         """What plans of this kind say beside what all say."""
         raise NotImplementedError
 
-    def bound(self, fleet: S) -> float:
+    def bound(self, fleet: FleetPlan) -> float:
         """No way to share the work takes less."""
         raise NotImplementedError
 
@@ -359,18 +365,18 @@ class _StepPlanner(FleetPlanner, Generic[S]):
     def nothing_fits(self) -> InfeasibleError:
         raise NotImplementedError
 
-    def compared(self, *, interrupted: bool) -> dict[str, Any]:
+    def compared(self, *, interrupted: bool) -> list[Baseline]:
         """Fixed ways to share the work, judged like any other."""
-        return {}
+        raise NotImplementedError
 
 
 # --- data parallel ----------------------------------------------------------------------------------------------------
 
 
-class _SumPlanner(_StepPlanner[FleetPlan]):
+class _SumPlanner(_StepPlanner):
     """Micro-batches are shared out, and gradients added; or one member does everything."""
 
-    schema, member = FleetPlan, Member
+    kind = "data parallel"
 
     def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: SharedBatchesOptions) -> None:
         super().__init__(specs, micro_batches, asked)
@@ -417,19 +423,15 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
     def bound(self, fleet: FleetPlan) -> float:
         return min(self.together.bound, self.alone.bound)
 
-    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
-        unknown = dict.fromkeys(("compute_seconds", "exchange_seconds", "update_seconds"), 0.0)
-        return self.exactness(parts) | unknown | {"trained_bytes": sum(self.pieces)}
+    def fields(self, replicas: Sequence[Replica]) -> dict[str, Any]:
+        return self.exactness(self.taking(replicas)) | {"trained_bytes": sum(self.pieces)}
 
-    def stated(self, at: int, plan: Plan | None = None, **more: Any) -> Any:
-        return super().stated(at, plan, **{"update_seconds": update_seconds(self.specs[at].profile)} | more)
-
-    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+    def replicas(self) -> tuple[list[Replica], dict[str, Plan]]:
         self.together.prove()
         if self.together.makespan(self.together.best) > self.alone.makespan:
             return self._single()
         assert self.together.best is not None
-        members: list[Any] = []
+        replicas: list[Replica] = []
         plans: dict[str, Plan] = {}
         following = 0
         for at, place in enumerate(self.together.best):
@@ -440,28 +442,35 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
                 spec.budget_bytes, extra, micro_batches=self.micro_batches, gradients=gradients, first=first
             )
             plans[spec.name] = plan
-            member = self.stated(
+            part = self.part(
                 place.candidate,
                 plan,
-                first=following,
-                micro_batches=place.micro_batches,
                 micro_batch_seconds=micro_batch_seconds(plan, gradients, first=first),
                 bound_seconds=max(plan.bound_seconds, shelf_seconds(plan, gradients, first=first)),
                 exchange_bytes=extra,
-                gradients=gradients,
-                states=place.states,
             )
-            members.append(member)
+            replicas.append(
+                Replica(
+                    parts=[part],
+                    first=following,
+                    micro_batches=place.micro_batches,
+                    gradients=gradients,
+                    states=place.states,
+                    update_seconds=update_seconds(spec.profile),
+                )
+            )
             following += place.micro_batches
-        return members, plans
+        return replicas, plans
 
-    def _single(self) -> tuple[list[Any], dict[str, Plan]]:
+    def _single(self) -> tuple[list[Replica], dict[str, Plan]]:
         """The one member that does everything, where that is the shortest step."""
         at = self.alone.best
         assert at is not None
         plan = self.alone.plans[at].found[self.specs[at].budget_bytes].plan
-        member = self.stated(at, plan, micro_batches=self.micro_batches, gradients="memory", states="memory")
-        return [member], {member.name: plan}
+        replica = Replica(
+            parts=[self.part(at, plan)], micro_batches=self.micro_batches, gradients="memory", states="memory"
+        )
+        return [replica], {self.names[at]: plan}
 
     # --- members that take no part ---------------------------------------------------------------------------------
 
@@ -497,10 +506,10 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
 
     # --- what it is compared with ----------------------------------------------------------------------------------
 
-    def compared(self, *, interrupted: bool) -> dict[str, Any]:
+    def compared(self, *, interrupted: bool) -> list[Baseline]:
         names, count, search, alone = self.names, self.micro_batches, self.together, self.alone
         shares = shared_by_weight([1.0] * len(names), count)
-        equal = Baseline(name="equal shares", makespan_seconds=None, micro_batches=dict(zip(names, shares)))
+        equal = Baseline(name="equal shares", makespan_seconds=None, shares=dict(zip(names, shares)))
         taking = [at for at, share in enumerate(shares) if share]
         if len(taking) == 1:
             (only,) = unfit = taking
@@ -523,8 +532,8 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
         else:
             reason = "it was not planned before the search was ended"
         makespan_alone = None if alone.best is None else alone.makespan
-        fastest = Baseline(name="fastest alone", makespan_seconds=makespan_alone, micro_batches=working, reason=reason)
-        return {"baselines": [equal, fastest]}
+        fastest = Baseline(name="fastest alone", makespan_seconds=makespan_alone, shares=working, reason=reason)
+        return [equal, fastest]
 
     def _best_shelves(self, chain: SumChain) -> float:
         """The makespan of a chain with the best shelves among those that are known to fit, as far as there is time to
@@ -547,10 +556,10 @@ class _SumPlanner(_StepPlanner[FleetPlan]):
 # --- a pipeline -------------------------------------------------------------------------------------------------------
 
 
-class _PipelinePlanner(_StepPlanner[PipelinePlan]):
+class _PipelinePlanner(_StepPlanner):
     """The model is divided: which devices hold which layers, and how far each is ahead."""
 
-    schema, member = PipelinePlan, StageMember
+    kind = "pipeline"
 
     def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: PipelineOptions) -> None:
         super().__init__(specs, micro_batches, asked)
@@ -579,43 +588,25 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
         self.divisions.deadline = self.until(SEARCH_SHARE)
         self.divisions.run()
 
-    def bound(self, fleet: PipelinePlan) -> float:
+    def bound(self, fleet: FleetPlan) -> float:
         return self.divisions.bound
 
-    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
-        both = [
-            message_bytes(passing_of(one.up), self.bits) + message_bytes(passing_of(other.down), self.bits)
-            for one, other in pairwise(parts)
-        ]
+    def fields(self, replicas: Sequence[Replica]) -> dict[str, Any]:
         rounded = [f"messages are rounded to {self.bits} bits"] if self.bits else []
-        link_bytes = [self.micro_batches * one for one in both]
-        return self.exactness(parts, rounded) | {"bits": self.bits, "link_bytes": link_bytes}
+        trained = sum(tensor.bytes for tensor in trained_tensors(self.specs[0].profile))
+        return self.exactness(self.taking(replicas), rounded) | {"bits": self.bits, "trained_bytes": trained}
 
-    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+    def replicas(self) -> tuple[list[Replica], dict[str, Plan]]:
         best = self.divisions.best
         assert best is not None
-        stages: list[Any] = []
+        stages: list[Part] = []
         plans: dict[str, Plan] = {}
         for at, held in enumerate(best.division):
             spec, own = self.specs[held.candidate], self.candidates[held.candidate].plans
             below = best.aheads[at - 1] if at else 0
             plan = plans[spec.name] = own.member_plan(held.layers, spec.budget_bytes, below)
-            layers = own_layers(plan)
-            assert plan.evaluate is not None
-            stage = self.stated(
-                held.candidate,
-                plan,
-                first_layer=held.first,
-                last_layer=held.last,
-                layer_names=[layers[0].name, layers[-1].name],
-                ahead=best.aheads[at],
-                up=passed_of(own.cuts[held.last].up_passing) if held.last in own.cuts else [],
-                down=passed_of(own.cuts[held.first].down_passing) if held.first in own.cuts else [],
-                forward_seconds=plan.evaluate.seconds,
-                exchange_bytes=own.extra_bytes(held.layers, below),
-            )
-            stages.append(stage)
-        return stages, plans
+            stages.append(self.part(held.candidate, plan, **stage_fields(own, held, plan, best.aheads[at], below)))
+        return [Replica(parts=stages, micro_batches=self.micro_batches)], plans
 
     # --- members that take no part ---------------------------------------------------------------------------------
 
@@ -676,19 +667,19 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
         ends = [0, *chosen, plans.layers]
         return tuple(Held(at, ends[at], ends[at + 1]) for at in range(count))
 
-    def compared(self, *, interrupted: bool) -> dict[str, Any]:
+    def compared(self, *, interrupted: bool) -> list[Baseline]:
         if interrupted:
-            return {}
+            return []
         names, layers = self.names, self.candidates[0].plans.layers
         division = self._equal()
         search = self._division_search(self.until((1 + SEARCH_SHARE) / 2))
         late = len(division) > ALWAYS and time.monotonic() > search.deadline
         made = None if late else search.attempt(division)
         unfit = [names[held.candidate] for held in division if not self._may_hold(held)]
-        equal = PipelineBaseline(
+        equal = Baseline(
             name="equal layers",
             makespan_seconds=None if made is None else made.makespan,
-            layers=dict.fromkeys(names, 0) | {names[held.candidate]: held.last - held.first for held in division},
+            shares=dict.fromkeys(names, 0) | {names[held.candidate]: held.last - held.first for held in division},
             reason=None if made else no_time() if late else f"{', '.join(unfit)} cannot hold its layers",
         )
         search = self._division_search(self.until(1.0))
@@ -700,13 +691,28 @@ class _PipelinePlanner(_StepPlanner[PipelinePlan]):
             working[names[alone.division[0].candidate]] = layers
         else:
             reason = no_time() if len(tried) < len(whole) else "no device can hold a micro-batch alone"
-        fastest = PipelineBaseline(
+        fastest = Baseline(
             name="fastest alone",
             makespan_seconds=None if alone is None else alone.makespan,
-            layers=working,
+            shares=working,
             reason=reason,
         )
-        return {"baselines": [equal, fastest]}
+        return [equal, fastest]
+
+
+def stage_fields(plans: StagePlans, held: Held, plan: Plan, ahead: int, ahead_below: int) -> dict[str, Any]:
+    """What is stated of a part that holds some of the layers, by this plan."""
+    layers = own_layers(plan)
+    assert plan.evaluate is not None
+    return {
+        "layers": list(held.layers),
+        "layer_names": [layers[0].name, layers[-1].name],
+        "ahead": ahead,
+        "up": passed_of(plans.cuts[held.last].up_passing) if held.last in plans.cuts else [],
+        "down": passed_of(plans.cuts[held.first].down_passing) if held.first in plans.cuts else [],
+        "forward_seconds": plan.evaluate.seconds,
+        "exchange_bytes": plans.extra_bytes(held.layers, ahead_below),
+    }
 
 
 def _candidates(specs: Sequence[MemberSpec], micro_batches: int, bits: int, gap: float) -> list[Candidate]:
@@ -720,12 +726,12 @@ def _candidates(specs: Sequence[MemberSpec], micro_batches: int, bits: int, gap:
 # --- mobillm ----------------------------------------------------------------------------------------------------------
 
 
-class _SidePlanner(_StepPlanner[SidePlan]):
+class _SidePlanner(_StepPlanner):
     """A device and a server that train a side network. Both are planned for themselves, each as fast as its budget
     allows: whatever order messages take, a step is the shorter the faster either part is.
     """
 
-    schema, member = SidePlan, SideMember
+    kind = "mobillm"
 
     def __init__(self, specs: Sequence[MemberSpec], micro_batches: int, asked: SideOptions) -> None:
         super().__init__(specs, micro_batches, asked)
@@ -764,26 +770,35 @@ class _SidePlanner(_StepPlanner[SidePlan]):
             made.append(sealed(plan.model_copy(update={"policy": MOBILLM})) if part else plan)
         self.plans = made
 
-    def parts(self) -> tuple[list[Any], dict[str, Plan]]:
+    def replicas(self) -> tuple[list[Replica], dict[str, Plan]]:
         size = message_bytes(self.passing, self.bits)
-        passes: tuple[dict[str, int], ...] = ({"to_above": size}, {"from_below": size, "buffers": RINGS})
         plans = dict(zip(self.names, self.plans))
-        members = [
-            self.stated(at, plan, does=does, exchange_bytes=messages_bytes(plan.device.floor, **passes[at]))
-            for at, (plan, does) in enumerate(zip(plans.values(), ("forward", "side network")))
+        passes: tuple[dict[str, int], ...] = ({"to_above": size}, {"from_below": size, "buffers": RINGS})
+        parts = [
+            self.part(
+                at,
+                plan,
+                exchange_bytes=messages_bytes(plan.device.floor, **passes[at]),
+                up=[] if at else passed_of(self.passing),
+            )
+            for at, plan in enumerate(plans.values())
         ]
-        return members, plans
+        return [Replica(parts=parts, micro_batches=self.micro_batches)], plans
 
-    def fields(self, parts: Sequence[Any]) -> dict[str, Any]:
-        alone = self.plans[-1]
+    def fields(self, replicas: Sequence[Replica]) -> dict[str, Any]:
+        trained = sum(tensor.bytes for tensor in trained_tensors(self.specs[1].profile))
         return {
             "bits": self.bits,
             "blocks": list(self.side.blocks),
             "rank": self.side.rank,
-            "message": passed_of(self.passing),
-            "message_bytes": message_bytes(self.passing, self.bits),
-            "device_alone_seconds": None if alone.train is None else self.micro_batches * alone.step_seconds,
+            "trained_bytes": trained,
         }
 
-    def bound(self, fleet: SidePlan) -> float:
+    def bound(self, fleet: FleetPlan) -> float:
         return one_way(fleet, bounds=True).least_seconds(self.micro_batches)
+
+    def compared(self, *, interrupted: bool) -> list[Baseline]:
+        """A step of backpropagation of the device alone, within its budget."""
+        alone, name = self.plans[-1], self.names[0]
+        makespan = None if alone.train is None else self.micro_batches * alone.step_seconds
+        return [Baseline(name="device alone", makespan_seconds=makespan, shares={name: self.micro_batches})]

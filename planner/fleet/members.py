@@ -89,17 +89,6 @@ def checked_steps(steps: int, accumulate: int) -> int:
 # --- what plans say of a member ---------------------------------------------------------------------------------------
 
 
-def described(spec: MemberSpec) -> dict[str, Any]:
-    """What plans say of a device, whatever it does."""
-    return {
-        "name": spec.name,
-        "device": spec.profile.device.name,
-        "measured": spec.profile.device.measured,
-        "budget_bytes": spec.budget_bytes,
-        "link": spec.link,
-    }
-
-
 def lacking(needed: int, allowed: int) -> str:
     """What a device needs and has; in bytes where rounding would hide the difference."""
     one, other = format_size(needed), format_size(allowed)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tightfit.planner.fleet.clock import Marks, OneWay, Station, SumStation, play, play_sum
 from tightfit.planner.fleet.part_plans import marks_of
 from tightfit.planner.fleet.part_profiles import micro_batch_seconds, pieces_of, slots_of
-from tightfit.planner.fleet.parts import Chain, message_bytes, passing_of, replicas
-from tightfit.planner.fleet.schema import FleetPlan, PipelinePlan, SidePlan
+from tightfit.planner.fleet.parts import message_bytes, passing_of
+from tightfit.planner.fleet.schema import FleetPlan, Replica
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import Simulation, simulate
 
@@ -49,72 +49,72 @@ class Replays:
         return self._marks[id(plan)]
 
 
-def replayed(fleet: FleetPlan | PipelinePlan | SidePlan, plans: Mapping[str, Plan]) -> FleetSimulation:
-    """The figures of a step with the plans of its members, by name, without a check of what the fleet states."""
-    if isinstance(fleet, SidePlan):
+def replayed(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
+    """The figures of a step with the plans of its parts, by name, without a check of what the fleet states."""
+    first = fleet.replicas[0]
+    if fleet.one_way:
         return FleetSimulation(makespan_seconds=one_way(fleet).play(fleet.micro_batches).makespan)
-    if isinstance(fleet, PipelinePlan):
-        (parts,) = replicas(fleet)
-        stations = stations_of(parts, [plans[part.member] for part in parts], fleet.bits, Replays())
-        return FleetSimulation(makespan_seconds=play(stations, fleet.micro_batches).makespan)
-    chain = fleet.chain
+    if fleet.cut:
+        return FleetSimulation(
+            makespan_seconds=play(stations_of(fleet, first, plans, Replays()), fleet.micro_batches).makespan
+        )
     computed = [
-        member.micro_batches * micro_batch_seconds(plans[member.name], member.gradients, first=not at)
-        for at, member in enumerate(chain)
+        replica.micro_batches * micro_batch_seconds(plans[part.plan], replica.gradients, first=replica is first)
+        for replica, part in zip(fleet.replicas, fleet.parts)
     ]
     latest = max(computed)
-    if len(chain) == 1:
+    if len(computed) == 1:
         return FleetSimulation(makespan_seconds=latest, compute_seconds=latest)
-    told = play_sum(
+    played = play_sum(
         [
             SumStation(
                 computed_seconds=done,
-                link=member.link,
-                slots=slots_of(member.micro_batches, first=not at),
-                gradients=member.gradients,
-                states=member.states,
-                update_seconds=member.update_seconds,
-                read=plans[member.name].device.read,
-                write=plans[member.name].device.write,
+                link=fleet.member(part.member).link,
+                slots=slots_of(replica.micro_batches, first=replica is first),
+                gradients=replica.gradients,
+                states=replica.states,
+                update_seconds=replica.update_seconds,
+                read=plans[part.plan].device.read,
+                write=plans[part.plan].device.write,
             )
-            for at, (member, done) in enumerate(zip(chain, computed))
+            for replica, part, done in zip(fleet.replicas, fleet.parts, computed)
         ],
-        pieces_of(plans[chain[0].name]),
+        pieces_of(plans[first.parts[0].plan]),
     )
-    exchanged = max(told.exchanged)
+    exchanged = max(played.exchanged)
     return FleetSimulation(
-        makespan_seconds=told.makespan,
+        makespan_seconds=played.makespan,
         compute_seconds=latest,
         exchange_seconds=exchanged - latest,
-        update_seconds=told.makespan - exchanged,
+        update_seconds=played.makespan - exchanged,
     )
 
 
-def stations_of(chain: Chain, plans: Sequence[Plan], bits: int, replays: Replays) -> list[Station]:
-    """The parts of a chain with their plans, as they stand on the clock of pipelines."""
+def stations_of(fleet: FleetPlan, replica: Replica, plans: Mapping[str, Plan], replays: Replays) -> list[Station]:
+    """The parts of a replica with their plans, as they stand on the clock of pipelines."""
     stations = []
-    for part, plan in zip(chain, plans):
-        train, forward = replays.marks(plan)
+    for part in replica.parts:
+        train, forward = replays.marks(plans[part.plan])
         stations.append(
             Station(
                 train=train,
                 forward=forward,
                 ahead=part.ahead,
-                link=part.link,
-                up_bytes=message_bytes(passing_of(part.up), bits),
-                down_bytes=message_bytes(passing_of(part.down), bits),
+                link=fleet.member(part.member).link,
+                up_bytes=message_bytes(passing_of(part.up), fleet.bits),
+                down_bytes=message_bytes(passing_of(part.down), fleet.bits),
             )
         )
     return stations
 
 
-def one_way(fleet: SidePlan, *, bounds: bool = False) -> OneWay:
+def one_way(fleet: FleetPlan, *, bounds: bool = False) -> OneWay:
     """The clock of mobillm's step, of what the plans take or, with `bounds`, of what no plans undercut."""
-    device, server = fleet.members
+    device, server = fleet.parts
     return OneWay(
         device_seconds=device.bound_seconds if bounds else device.micro_batch_seconds,
         server_seconds=server.bound_seconds if bounds else server.micro_batch_seconds,
-        message_bytes=fleet.message_bytes,
-        device_link=device.link,
-        server_link=server.link,
+        message_bytes=message_bytes(passing_of(device.up), fleet.bits),
+        device_link=fleet.member(device.member).link,
+        server_link=fleet.member(server.member).link,
     )

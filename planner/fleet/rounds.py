@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 from tightfit.planner.fleet.bounds import Candidate, Division, DivisionBounds, Held
-from tightfit.planner.fleet.fleet_planner import UNJUDGED, FleetPlanner, figures_of
+from tightfit.planner.fleet.fleet_planner import FleetPlanner, figures_of, stage_fields
 from tightfit.planner.fleet.fleet_search import DivisionSearch, Pipeline
-from tightfit.planner.fleet.io import plan_file, server_plan_file
 from tightfit.planner.fleet.members import (
     MemberSpec,
     check_alike,
@@ -35,15 +34,12 @@ from tightfit.planner.fleet.members import (
     check_plain,
     checked_members,
     checked_steps,
-    described,
-    differences,
     rank_of,
     shared,
     trained_tensors,
 )
 from tightfit.planner.fleet.options import SplitRoundsOptions, WholeRoundsOptions
 from tightfit.planner.fleet.part_plans import AlonePlans, StagePlans, no_time, while_there_is_time
-from tightfit.planner.fleet.parts import passed_of
 from tightfit.planner.fleet.programs import (
     Pace,
     Served,
@@ -55,17 +51,7 @@ from tightfit.planner.fleet.programs import (
     shared_by_weight,
     shared_out,
 )
-from tightfit.planner.fleet.schema import (
-    SERVER,
-    FederatedBaseline,
-    FederatedMember,
-    FederatedPlan,
-    Link,
-    SplitBaseline,
-    SplitMember,
-    SplitPlan,
-    SplitServer,
-)
+from tightfit.planner.fleet.schema import SERVER, Baseline, FleetPlan, Link, Member, Replica, Turn
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.schema import Plan
 from tightfit.profiles.option_fields import keywords_of
@@ -78,13 +64,11 @@ CUT_SHARE, ORDER_SHARE = 0.6, 0.1
 """of the time limit: for plans of all cuts, and for the order; the rest is for what the plan is compared with"""
 NO_CUT = "none of the model's cuts leaves it and the server parts that they can hold"
 
-R = TypeVar("R", FederatedPlan, SplitPlan)
-
 
 @keywords_of(WholeRoundsOptions)
 def plan_federated(
     members: Sequence[MemberSpec], steps: int, asked: WholeRoundsOptions
-) -> tuple[FederatedPlan, dict[str, Plan]]:
+) -> tuple[FleetPlan, dict[str, Plan]]:
     """The shortest round found of `steps` local steps in all, with its proof, and the plans of its members by name.
 
     Each member's budget is for all that runs there: `flower_bytes` of it are set aside for Flower's processes. Members
@@ -100,9 +84,9 @@ def plan_federated(
 @keywords_of(SplitRoundsOptions)
 def plan_split(
     server: MemberSpec, members: Sequence[MemberSpec], steps: int, asked: SplitRoundsOptions
-) -> tuple[SplitPlan, dict[str, Plan], dict[str, Plan]]:
+) -> tuple[FleetPlan, dict[str, Plan]]:
     """The shortest round found of `steps` micro-batches in all, with its proof; the plans of the devices that take
-    part, and the server's for each of them, both by the device's name.
+    part, by name, and the server's for each of them, by `server/` and the device's name.
 
     Steps are shared out equally, or by `weights` of members, in whole updates. Each device's budget is for all that
     runs there: `flower_bytes` of it are set aside for Flower's processes. Devices for which there is no cut take no
@@ -133,17 +117,14 @@ def plan_split(
     return _SplitRounds(specs, steps, asked, server).plan()
 
 
-class _Rounds(FleetPlanner, Generic[R]):
+class _Rounds(FleetPlanner):
     """What is said of a round, split or not."""
 
-    schema: type[R]
-    member: type[FederatedMember]
-
     def __init__(self, specs: Sequence[MemberSpec], steps: int, asked: WholeRoundsOptions) -> None:
-        self.unit = specs[0].profile.accumulate
-        self.steps = checked_steps(steps, self.unit)
+        self.accumulate = specs[0].profile.accumulate
+        self.micro_batches = checked_steps(steps, self.accumulate)
         super().__init__(specs, asked, asked.gap)
-        self.flower_bytes, self.start_seconds = asked.flower_bytes, asked.start_seconds
+        self.aside_bytes, self.start_seconds = asked.flower_bytes, asked.start_seconds
         self.rooms = [max(1, spec.budget_bytes - asked.flower_bytes) for spec in specs]
         """bytes of each device's run"""
 
@@ -158,36 +139,13 @@ class _Rounds(FleetPlanner, Generic[R]):
             tail=up_bytes / link.up_bytes_per_second + link.latency_seconds,
         )
 
-    def stated(self, at: int, plan: Plan | None = None, **more: Any) -> Any:
-        """A member with its plan; None: it takes no part."""
-        spec = self.specs[at]
-        figures: dict[str, Any] = {}
-        if plan is not None:
-            figures = {
-                "plan": plan_file(spec.name),
-                "plan_fingerprint": plan.fingerprint,
-                "peak_bytes": plan.peak_bytes + self.flower_bytes,
-            }
-        return self.member(
-            **described(spec),
-            flower_bytes=self.flower_bytes,
-            rank=rank_of(spec.profile),
-            start_seconds=self.start_seconds,
-            **figures | more,
-        )
+    def member(self, at: int, reason: str | None = None) -> Member:
+        return super().member(at, reason).model_copy(update={"start_seconds": self.start_seconds})
 
-    def rounds(self, members: Sequence[Any], *, makespan: float, bound: float, **more: Any) -> R:
-        """The plan of a round, not sealed yet."""
-        profile = self.specs[0].profile
-        return self.schema(
-            **UNJUDGED | figures_of(makespan, bound),
-            model=profile.model.name,
-            steps=self.steps,
-            accumulate=self.unit,
-            batch=profile.batch,
-            members=[*members],
-            **more,
-        )
+
+def _turn(way: Way, begin: float) -> Turn:
+    """When a device does what, whose steps begin so many seconds after the round."""
+    return Turn(head_seconds=way.head, begin_seconds=begin, service_seconds=way.service, tail_seconds=way.tail)
 
 
 def in_turn(plans: Sequence[object], budgets: Sequence[Any]) -> list[int]:
@@ -239,10 +197,10 @@ class _WholePlans:
 # --- without a server -------------------------------------------------------------------------------------------------
 
 
-class _WholeRounds(_Rounds[FederatedPlan]):
-    schema, member = FederatedPlan, FederatedMember
+class _WholeRounds(_Rounds):
+    kind = "federated"
 
-    def plan(self) -> tuple[FederatedPlan, dict[str, Plan]]:
+    def plan(self) -> tuple[FleetPlan, dict[str, Plan]]:
         profiles = [spec.profile for spec in self.specs]
         self.whole = _WholePlans(profiles, self.rooms, self.gap)
         self.own_bytes = [sum(tensor.bytes for tensor in trained_tensors(profile)) for profile in profiles]
@@ -257,12 +215,15 @@ class _WholeRounds(_Rounds[FederatedPlan]):
         hoped = [self._pace(at, self._bound(at, plan)) for at, plan in enumerate(plans)]
         taken = self._shared_out(self.paces)
         makespan, bound = makespan_of(self.paces, taken), makespan_of(hoped, self._shared_out(hoped))
-        fleet = self.rounds(
-            [self._member(at, plans[at], count) for at, count in enumerate(taken)],
-            makespan=makespan,
-            bound=bound,
+        replicas = [
+            self._replica(at, plan, count) for at, (plan, count) in enumerate(zip(plans, taken)) if plan and count
+        ]
+        fleet = self.stated(
+            replicas,
+            lambda at: self._reason(at, plans[at]),
+            **figures_of(makespan, bound),
             rank=max(rank_of(profiles[at]) for at in able),
-            adapter_bytes=self.down_bytes,
+            trained_bytes=self.down_bytes,
             baselines=self._baselines(),
         )
         chosen = {spec.name: plan for spec, plan, count in zip(self.specs, plans, taken) if plan and count}
@@ -270,28 +231,30 @@ class _WholeRounds(_Rounds[FederatedPlan]):
 
     def _pace(self, at: int, step_seconds: float) -> Pace:
         """How fast a device answers by a plan with such steps."""
-        way = self.way(self.specs[at].link, (self.down_bytes, self.own_bytes[at]), 0.0)
+        way = self._way(at, 0.0)
         return Pace(fixed_seconds=way.head + way.tail, step_seconds=step_seconds)
 
+    def _way(self, at: int, service: float) -> Way:
+        return self.way(self.specs[at].link, (self.down_bytes, self.own_bytes[at]), service)
+
     def _shared_out(self, paces: Sequence[Pace]) -> list[int]:
-        return shared_out(paces, self.steps, self.unit)
+        return shared_out(paces, self.micro_batches, self.accumulate)
 
     def _bound(self, at: int, plan: Plan | None) -> float:
         """Seconds of a step that no plan of the device undercuts."""
         bound = self.whole.plans[at].bound(self.rooms[at])
         return bound if plan is None else min(bound, plan.step_seconds)
 
-    def _member(self, at: int, plan: Plan | None, count: int) -> Any:
-        if plan is None or not count:
-            return self.stated(at, adapter_bytes=self.own_bytes[at], reason=self._reason(at, plan))
-        return self.stated(
-            at,
-            plan,
+    def _replica(self, at: int, plan: Plan, count: int) -> Replica:
+        bound, way = self._bound(at, plan), self._way(at, count * plan.step_seconds)
+        return Replica(
+            parts=[self.part(at, plan, bound_seconds=bound)],
+            micro_batches=count,
+            rank=rank_of(self.specs[at].profile),
             adapter_bytes=self.own_bytes[at],
-            steps=count,
             step_seconds=plan.step_seconds,
-            bound_seconds=self._bound(at, plan),
-            round_seconds=self.paces[at].answered(count),
+            bound_seconds=bound,
+            turn=_turn(way, way.head),
         )
 
     def _reason(self, at: int, plan: Plan | None) -> str:
@@ -300,11 +263,11 @@ class _WholeRounds(_Rounds[FederatedPlan]):
         return f"it cannot hold a step: it {self._lacking(at)}" if self.whole.too_small(at) else no_time()
 
     def _needed(self, at: int) -> int:
-        return self.whole.plans[at].least_room(self.until(1.0) - time.monotonic()) + self.flower_bytes
+        return self.whole.plans[at].least_room(self.until(1.0) - time.monotonic()) + self.aside_bytes
 
     def _lacking(self, at: int) -> str:
         return (
-            f"needs {format_size(self._needed(at))}, of which {format_size(self.flower_bytes)} for Flower, and may take"
+            f"needs {format_size(self._needed(at))}, of which {format_size(self.aside_bytes)} for Flower, and may take"
             f" {format_size(self.specs[at].budget_bytes)}"
         )
 
@@ -321,21 +284,21 @@ class _WholeRounds(_Rounds[FederatedPlan]):
 
     # --- what it is compared with -----------------------------------------------------------------------------------
 
-    def _baselines(self) -> list[FederatedBaseline]:
+    def _baselines(self) -> list[Baseline]:
         names, paces = self.names, self.paces
-        units, count = self.steps // self.unit, len(names)
-        shares = [self.unit * share for share in shared_by_weight([1.0] * count, units)]
+        units, count = self.micro_batches // self.accumulate, len(names)
+        shares = [self.accumulate * share for share in shared_by_weight([1.0] * count, units)]
         unfit = [name for name, share, pace in zip(names, shares, paces) if share and pace.step_seconds == math.inf]
-        equal = FederatedBaseline(
+        equal = Baseline(
             name="equal steps",
             makespan_seconds=None if unfit else makespan_of(paces, shares),
-            steps=dict(zip(names, shares)),
+            shares=dict(zip(names, shares)),
             reason=f"{', '.join(unfit)} cannot hold a step" if unfit else None,
         )
-        fastest = min(range(count), key=lambda at: paces[at].answered(self.steps))
-        steps = {name: self.steps * (at == fastest) for at, name in enumerate(names)}
-        alone = paces[fastest].answered(self.steps)
-        return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
+        fastest = min(range(count), key=lambda at: paces[at].answered(self.micro_batches))
+        steps = {name: self.micro_batches * (at == fastest) for at, name in enumerate(names)}
+        alone = paces[fastest].answered(self.micro_batches)
+        return [equal, Baseline(name="fastest alone", makespan_seconds=alone, shares=steps)]
 
 
 # --- with a server ----------------------------------------------------------------------------------------------------
@@ -397,58 +360,49 @@ class _Choices:
     ways: list[list[Way]]
 
 
-class _SplitRounds(_Rounds[SplitPlan]):
-    schema, member = SplitPlan, SplitMember
+class _SplitRounds(_Rounds):
+    kind = "split federated"
 
     def __init__(self, specs: Sequence[MemberSpec], steps: int, asked: SplitRoundsOptions, server: MemberSpec) -> None:
         super().__init__(specs, steps, asked)
         self.server, self.server_start_seconds = server, asked.server_start_seconds
         self.weights = [(asked.weights or {}).get(spec.name, 1.0) for spec in specs]
         profiles = [server.profile, *(spec.profile for spec in specs)]
-        above, *below = shared(profiles, lambda one: StagePlans(one, self.unit, 0, self.gap))
+        above, *below = shared(profiles, lambda one: StagePlans(one, self.accumulate, 0, self.gap))
         upper = Candidate(name=SERVER, plans=above, budget_bytes=server.budget_bytes, link=server.link)
         equal: dict[tuple[int, int, Link], _Device] = {}
         self.devices: list[_Device] = []
         for spec, plans, room in zip(specs, below, self.rooms):
             one = Candidate(name=spec.name, plans=plans, budget_bytes=room, link=spec.link)
             search = DivisionSearch(
-                candidates=[one, upper], micro_batches=self.unit, gap=self.gap, deadline=self.until(1.0)
+                candidates=[one, upper], micro_batches=self.accumulate, gap=self.gap, deadline=self.until(1.0)
             )
             known = equal.setdefault(one.kind, _Device(spec=spec, search=search))
             self.devices.append(replace(known, spec=spec))
 
-    def plan(self) -> tuple[SplitPlan, dict[str, Plan], dict[str, Plan]]:
+    def plan(self) -> tuple[FleetPlan, dict[str, Plan]]:
         self._explore()
         able = [at for at, device in enumerate(self.devices) if any(device.made.values())]
         if not able:
             raise self._nothing_fits()
-        units = shared_by_weight([self.weights[at] for at in able], self.steps // self.unit)
+        units = shared_by_weight([self.weights[at] for at in able], self.micro_batches // self.accumulate)
         self.shares = dict.fromkeys(range(len(self.devices)), 0) | dict(zip(able, units))
         found, hoped = self._choices(able, bounds=False), self._choices(able, bounds=True)
         self.report("choosing the order")
         serving = best_order(found.ways, ORDER_SHARE * self.asked.time_limit / 2)
         ideal = best_order(hoped.ways, ORDER_SHARE * self.asked.time_limit / 2)
-        plans, server_plans = self._member_plans(found, serving)
-        members = [self._member(found, one, plans, server_plans) for one in serving.served]
-        members += [self._idle(at) for at in range(len(self.specs)) if at not in found.devices]
+        plans: dict[str, Plan] = {}
+        replicas = [self._replica(found, served_device, plans) for served_device in serving.served]
         profile = self.server.profile
-        unlike = differences({self.names[at]: self.specs[at].profile for at in found.devices} | {SERVER: profile})
-        fleet = self.rounds(
-            members,
-            makespan=serving.makespan,
-            bound=ideal.bound,
+        taking = {self.names[at]: self.specs[at].profile for at in found.devices}
+        fleet = self.stated(
+            replicas,
+            self._reason,
+            **figures_of(serving.makespan, ideal.bound),
+            **self.exactness(taking | {SERVER: profile}),
             rank=rank_of(profile),
-            adapter_bytes=sum(tensor.bytes for tensor in trained_tensors(profile)),
-            server=SplitServer(
-                device=profile.device.name,
-                measured=profile.device.measured,
-                budget_bytes=self.server.budget_bytes,
-                link=self.server.link,
-                start_seconds=self.server_start_seconds,
-            ),
+            trained_bytes=sum(tensor.bytes for tensor in trained_tensors(profile)),
             order_gap=gap_to(serving.makespan, serving.bound),
-            bit_identical=not unlike,
-            differences=unlike,
             baselines=[
                 self._as_described(found, serving),
                 self._one_cut(found),
@@ -456,7 +410,19 @@ class _SplitRounds(_Rounds[SplitPlan]):
                 *self._without(found, serving),
             ],
         )
-        return self.judged(fleet, plans, server_plans), plans, server_plans
+        server = Member(
+            name=SERVER,
+            device=profile.device.name,
+            measured=profile.device.measured,
+            budget_bytes=self.server.budget_bytes,
+            link=self.server.link,
+            start_seconds=self.server_start_seconds,
+        )
+        fleet = fleet.model_copy(update={"members": [*fleet.members, server]})
+        return self.judged(fleet, plans), plans
+
+    def member(self, at: int, reason: str | None = None) -> Member:
+        return super().member(at, reason).model_copy(update={"weight": self.weights[at]})
 
     # --- cuts -------------------------------------------------------------------------------------------------------
 
@@ -531,63 +497,44 @@ class _SplitRounds(_Rounds[SplitPlan]):
 
     # --- members ----------------------------------------------------------------------------------------------------
 
-    def _member_plans(self, found: _Choices, serving: ServiceOrder) -> tuple[dict[str, Plan], dict[str, Plan]]:
-        plans, server_plans = {}, {}
-        for one in serving.served:
-            at = found.devices[one.device]
-            cut = found.cuts[one.device][one.way]
-            pipeline, spec = self._made(at, cut), self.specs[at]
-            below, above = self.devices[at].search.candidates
-            lower, upper = (held.layers for held in pipeline.division)
-            budget = below.plans.common_budget(lower, below.budget_bytes, 0)
-            plans[spec.name] = below.plans.member_plan(lower, budget, 0)
-            server_plans[spec.name] = above.plans.member_plan(upper, above.budget_bytes, pipeline.aheads[0])
-        return plans, server_plans
-
-    def _member(self, found: _Choices, one: Served, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan]) -> Any:
-        at = found.devices[one.device]
-        number, way = found.cuts[one.device][one.way], found.ways[one.device][one.way]
-        spec, device, pipeline = self.specs[at], self.devices[at], self._made(at, number)
-        below, above = device.search.candidates
-        cut, (lower, upper) = below.plans.cuts[number], (held.layers for held in pipeline.division)
-        names = [layer.name for layer in spec.profile.layers]
-        plan, server_plan = plans[spec.name], server_plans[spec.name]
-        return self.stated(
-            at,
-            plan,
-            weight=self.weights[at],
-            server_plan=server_plan_file(spec.name),
-            server_plan_fingerprint=server_plan.fingerprint,
-            layers=number,
-            layer_names=names[number - 1 : number + 1],
-            ahead=pipeline.aheads[0],
-            up=passed_of(cut.up_passing),
-            down=passed_of(cut.down_passing),
-            adapter_bytes=self._lower(device, number),
-            steps=self.shares[at] * self.unit,
-            step_seconds=pipeline.makespan / self.unit,
-            bound_seconds=min(pipeline.makespan, device.bound(number)) / self.unit,
-            server_peak_bytes=server_plan.peak_bytes,
-            exchange_bytes=below.plans.extra_bytes(lower, 0),
-            server_exchange_bytes=above.plans.extra_bytes(upper, pipeline.aheads[0]),
-            head_seconds=way.head,
-            service_seconds=way.service,
-            tail_seconds=way.tail,
-            begin_seconds=one.begin,
-            round_seconds=one.answered,
+    def _replica(self, found: _Choices, served_device: Served, plans: dict[str, Plan]) -> Replica:
+        """A device's lower layers and the server's upper ones, whose plans are put into `plans`."""
+        at = found.devices[served_device.device]
+        cut = found.cuts[served_device.device][served_device.way]
+        way = found.ways[served_device.device][served_device.way]
+        name, device, pipeline = self.names[at], self.devices[at], self._made(at, cut)
+        below, above = (candidate.plans for candidate in device.search.candidates)
+        lower, upper = pipeline.division
+        ahead = pipeline.aheads[0]
+        budget = below.common_budget(lower.layers, device.search.candidates[0].budget_bytes, 0)
+        plan = plans[name] = below.member_plan(lower.layers, budget, 0)
+        server_plan = above.member_plan(upper.layers, self.server.budget_bytes, ahead)
+        plans[f"{SERVER}/{name}"] = server_plan
+        server_part = {"member": SERVER, "plan": f"{SERVER}/{name}", "peak_bytes": server_plan.peak_bytes}
+        parts = [
+            self.part(at, plan, **stage_fields(below, lower, plan, ahead, 0)),
+            self.part(at, server_plan, **server_part, **stage_fields(above, upper, server_plan, 0, ahead)),
+        ]
+        return Replica(
+            parts=parts,
+            micro_batches=self.shares[at] * self.accumulate,
+            rank=rank_of(self.specs[at].profile),
+            adapter_bytes=self._lower(device, cut),
+            step_seconds=pipeline.makespan / self.accumulate,
+            bound_seconds=min(pipeline.makespan, device.bound(cut)) / self.accumulate,
+            turn=_turn(way, served_device.begin),
         )
 
-    def _idle(self, at: int) -> Any:
+    def _reason(self, at: int) -> str:
         fits = any(self.devices[at].made.values())
-        reason = "its share of a round is less than an update" if fits else self._lacking(at)
-        return self.stated(at, weight=self.weights[at], reason=reason)
+        return "its share of a round is less than an update" if fits else self._lacking(at)
 
     def _lacking(self, at: int) -> str:
         device = self.devices[at]
         if not device.search.plans and any(device.bound(cut) < math.inf for cut in device.cuts):
             return no_time()
         return (
-            f"{NO_CUT}, within {format_size(self.specs[at].budget_bytes)}, of which {format_size(self.flower_bytes)}"
+            f"{NO_CUT}, within {format_size(self.specs[at].budget_bytes)}, of which {format_size(self.aside_bytes)}"
             f" are for Flower, and {format_size(self.server.budget_bytes)}"
         )
 
@@ -598,7 +545,7 @@ class _SplitRounds(_Rounds[SplitPlan]):
             below = device.search.candidates[0]
             for cut in device.cuts[:1]:
                 room = below.plans.least_room((0, cut), 1.0)
-                needed.append(room + below.plans.extra_bytes((0, cut), 0) + self.flower_bytes)
+                needed.append(room + below.plans.extra_bytes((0, cut), 0) + self.aside_bytes)
         least = min(needed, default=0)
         names = ", ".join(spec.name for spec in self.specs)
         return InfeasibleError(
@@ -610,15 +557,15 @@ class _SplitRounds(_Rounds[SplitPlan]):
 
     # --- what it is compared with -----------------------------------------------------------------------------------
 
-    def _as_described(self, found: _Choices, serving: ServiceOrder) -> SplitBaseline:
+    def _as_described(self, found: _Choices, serving: ServiceOrder) -> Baseline:
         """The chosen cuts, in the order in which devices are described."""
         chosen = {one.device: one.way for one in serving.served}
         order = [(device, chosen[device]) for device in sorted(chosen)]
         return self._baseline("order as described", found, served(found.ways, order))
 
-    def _one_cut(self, found: _Choices) -> SplitBaseline:
+    def _one_cut(self, found: _Choices) -> Baseline:
         """The best cut that is the same for all, in its best order."""
-        best: SplitBaseline | None = None
+        best: Baseline | None = None
         late = False
         for cut in self.devices[found.devices[0]].cuts:
             for at in found.devices:
@@ -637,18 +584,18 @@ class _SplitRounds(_Rounds[SplitPlan]):
         if best is not None:
             return best
         reason = no_time() if late else "there is none that all can hold"
-        return SplitBaseline(name="one cut for all", makespan_seconds=None, layers={}, reason=reason)
+        return Baseline(name="one cut for all", makespan_seconds=None, reason=reason)
 
     def _baseline(
         self,
         name: Literal["order as described", "one cut for all", "without a device"],
         choices: _Choices,
         order: Sequence[Served],
-    ) -> SplitBaseline:
+    ) -> Baseline:
         layers = {self.specs[choices.devices[one.device]].name: choices.cuts[one.device][one.way] for one in order}
-        return SplitBaseline(name=name, makespan_seconds=max(one.answered for one in order), layers=layers)
+        return Baseline(name=name, makespan_seconds=max(one.answered for one in order), shares=layers)
 
-    def _without(self, found: _Choices, serving: ServiceOrder) -> list[SplitBaseline]:
+    def _without(self, found: _Choices, serving: ServiceOrder) -> list[Baseline]:
         """Rounds without one of the devices, where they are shorter by more than its part: others take its steps, with
         the cuts that were chosen.
         """
@@ -657,7 +604,7 @@ class _SplitRounds(_Rounds[SplitPlan]):
         several = range(len(chosen) if len(chosen) > 1 else 0)
         for number, share in while_there_is_time(several, self.until(1.0)):
             others = {at: chosen[place] for place, at in enumerate(found.devices) if place != number}
-            units = shared_by_weight([self.weights[at] for at in others], self.steps // self.unit)
+            units = shared_by_weight([self.weights[at] for at in others], self.micro_batches // self.accumulate)
             ways = [
                 [self._way(at, cut, self._made(at, cut).makespan, count)]
                 for (at, cut), count in zip(others.items(), units)
@@ -666,10 +613,10 @@ class _SplitRounds(_Rounds[SplitPlan]):
             makespan = best_order(ways, min(1.0, share)).makespan
             if makespan < serving.makespan * (1 - 1 / len(chosen)):
                 layers = {self.specs[at].name: cut for at, cut in others.items()}
-                result.append(SplitBaseline(name="without a device", makespan_seconds=makespan, layers=layers))
+                result.append(Baseline(name="without a device", makespan_seconds=makespan, shares=layers))
         return result
 
-    def _whole(self, found: _Choices) -> SplitBaseline:
+    def _whole(self, found: _Choices) -> Baseline:
         """Every device holds all layers, takes as many steps, and waits for nobody."""
         layers = {self.names[at]: len(self.server.profile.layers) for at in found.devices}
         size = sum(tensor.bytes for tensor in trained_tensors(self.server.profile))
@@ -683,7 +630,7 @@ class _SplitRounds(_Rounds[SplitPlan]):
             plan = whole.known(number)
             if plan is None:
                 reason = f"{self.names[at]} cannot hold all layers" if whole.too_small(number) else no_time()
-                return SplitBaseline(name="whole models", makespan_seconds=None, layers=layers, reason=reason)
-            steps = self.shares[at] * self.unit * plan.step_seconds
+                return Baseline(name="whole models", makespan_seconds=None, shares=layers, reason=reason)
+            steps = self.shares[at] * self.accumulate * plan.step_seconds
             longest = max(longest, self.way(self.specs[at].link, (size, size), steps).alone)
-        return SplitBaseline(name="whole models", makespan_seconds=longest, layers=layers)
+        return Baseline(name="whole models", makespan_seconds=longest, shares=layers)

@@ -12,7 +12,7 @@ down; replicas share out micro-batches or data. There are five kinds, each a poi
 | federated | as many as members, each with data of its own | 1, the whole model | every round, by the mean of adapters |
 | split federated | as many as members, each with data of its own | 2: the device's lower layers, the server's upper ones | the same |
 
-`tightfit.planner.fleet.parts` says any plan in these terms.
+`FleetPlan` says all of them.
 
 **Data parallel.** A step (an update of the trained tensors) is `micro_batches` micro-batches in a global order. Every
 member computes a run of neighbouring ones and keeps its gradients apart. Then the members form a chain, in the order of
@@ -45,13 +45,13 @@ with the lower part of its adapter; the upper part is what the server has traine
 from __future__ import annotations
 
 import re
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from pydantic import Field
 
 from tightfit.profiles.schema import FrozenRecord
 
-FLEET_VERSION = 3
+FLEET_VERSION = 4
 PIECE_BYTES = 256 << 10
 """gradients are sent in pieces of whole tensors, of at most this size unless one tensor is larger"""
 BUFFERS = 8
@@ -67,6 +67,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
 Shelf = Literal["memory", "disk"]
 """where what outlives a micro-batch lies on a member: in anonymous memory, or in an unnamed file"""
+Kind = Literal["data parallel", "pipeline", "mobillm", "federated", "split federated"]
 
 
 class Link(FrozenRecord):
@@ -84,269 +85,177 @@ class Passed(FrozenRecord):
     dtype: str = Field(description="torch dtype without the prefix")
 
 
-# --- members ----------------------------------------------------------------------------------------------------------
-
-
-class PlannedMember(FrozenRecord):
-    """A device, in a fleet of any kind."""
+class Member(FrozenRecord):
+    """A device that may take part."""
 
     name: str
     device: str = Field(description="the device's name, as its profile has it")
     measured: bool = Field(description="False: its profile is estimated, so that it cannot run this plan")
     budget_bytes: int
     link: Link
-    plan: str | None = Field(None, description="file of its plan, beside the fleet's; None: it takes no part")
-    plan_fingerprint: str | None = None
-    bound_seconds: float | None = Field(
-        None, description="no plan of the class takes less for a micro-batch, or a step of a round, within its budget"
+    aside_bytes: int = Field(0, description="of the budget: set aside for Flower's processes beside the run")
+    start_seconds: float = Field(
+        0.0, ge=0, description="of a round, or a service, beside transfers and steps: until the run is ready"
     )
-    peak_bytes: int | None = Field(None, description="predicted peak of all that the budget is for")
-
-    @property
-    def takes_part(self) -> bool:
-        return self.plan is not None
-
-
-class Participant(PlannedMember):
-    """A device that may take part."""
-
+    weight: float = Field(1.0, gt=0, description="split rounds: of its share of the micro-batches")
     reason: str | None = Field(None, description="why it takes no part")
 
 
-class StepMember(Participant):
-    """A device of a fleet that meets at every step."""
+class Part(FrozenRecord):
+    """What one device computes of a replica, with a plan of its own."""
 
-    micro_batch_seconds: float | None = Field(
-        None, description="predicted seconds of the training schedule for one micro-batch, no waiting"
+    member: str = Field(description="name of the device")
+    plan: str = Field(
+        pattern=rf"^({SERVER}/)?{NAME.pattern}$", description="name of its plan, which lies beside the fleet's"
     )
+    plan_fingerprint: str
+    peak_bytes: int = Field(description="predicted peak of all that the device's budget is for")
     exchange_bytes: int = Field(0, ge=0, description="bytes of the peak that are there for what passes alone")
-
-
-class Member(StepMember):
-    """A device with the whole model and some of the micro-batches."""
-
-    first: int = Field(0, ge=0, description="number of its first micro-batch in a step, from 0")
-    micro_batches: int = Field(0, ge=0)
-    update_seconds: float = Field(0.0, ge=0, description="of the optimizer's arithmetic for all trained tensors")
-    gradients: Shelf = "disk"
-    """where its gradients wait for the exchange; the first of the chain adds its own up as they come"""
-    states: Shelf = "disk"
-    """where the optimizer's states lie between steps"""
-
-    @property
-    def takes_part(self) -> bool:
-        return bool(self.micro_batches)
-
-
-class StageMember(StepMember):
-    """A device with some of the layers."""
-
-    first_layer: int = Field(0, ge=0, description="index of its first layer in the profile")
-    last_layer: int = Field(0, ge=0, description="index of the layer after its last one")
+    micro_batch_seconds: float = Field(
+        description="predicted seconds of the training schedule for one micro-batch, no waiting"
+    )
+    forward_seconds: float | None = Field(
+        None, description="predicted seconds of the forward alone, of a part that holds some of the layers"
+    )
+    bound_seconds: float = Field(description="no plan of the class takes less for a micro-batch within its budget")
+    layers: list[int] = Field(
+        [], description="indices in the profile of its first layer and of the one after its last; empty: of no cut"
+    )
     layer_names: list[str] = Field([], description="its first and its last layer")
     ahead: int = Field(0, ge=0, description="micro-batches whose forward runs before their gradients are waited for")
-    up: list[Passed] = Field([], description="activations that it sends to the next stage, in this order")
-    down: list[Passed] = Field([], description="gradients that it sends to the stage before")
-    forward_seconds: float | None = Field(None, description="predicted seconds of the forward alone")
+    up: list[Passed] = Field([], description="what it sends to the part above for a micro-batch, in this order")
+    down: list[Passed] = Field([], description="gradients that it sends to the part below")
 
 
-class SideMember(PlannedMember):
-    """Of mobillm: the device, or the server."""
+class Turn(FrozenRecord):
+    """How a replica has its round, in seconds; those with a server have it one after the other."""
 
-    does: Literal["forward", "side network"]
-    plan: str
-    plan_fingerprint: str
-    micro_batch_seconds: float = Field(description="predicted seconds of its part of a micro-batch, no waiting")
-    bound_seconds: float
-    peak_bytes: int
-    exchange_bytes: int = Field(ge=0, description="bytes of the peak that are there for messages alone")
-
-
-class FederatedMember(Participant):
-    """A device that takes steps of its own in each round; of its budget a part is for Flower's processes."""
-
-    flower_bytes: int = Field(description="of the budget: set aside for Flower's processes on the device")
-    rank: int = Field(ge=1, description="of the adapter that it trains")
-    adapter_bytes: int = Field(0, ge=0, description="of the tensors that it sends back in a round")
-    start_seconds: float = Field(ge=0, description="of a round beside transfers and steps: until its run is ready")
-    steps: int = Field(0, ge=0, description="local steps, micro-batches, in a round")
-    step_seconds: float | None = Field(
-        None, description="predicted seconds of one of them, the mean over those of an update"
-    )
-    round_seconds: float = Field(0.0, ge=0, description="from when the round begins until its answer has arrived")
+    head_seconds: float = Field(ge=0, description="from when a round begins until it is ready")
+    begin_seconds: float = Field(ge=0, description="from when a round begins until its steps begin")
+    service_seconds: float = Field(ge=0, description="of its steps, and of the start of the server's run")
+    tail_seconds: float = Field(ge=0, description="from then until its answer has arrived")
 
     @property
-    def takes_part(self) -> bool:
-        return bool(self.steps)
+    def end_seconds(self) -> float:
+        """When its steps have been taken."""
+        return self.begin_seconds + self.service_seconds
+
+    @property
+    def answered_seconds(self) -> float:
+        """When its answer has arrived."""
+        return self.end_seconds + self.tail_seconds
 
 
-class SplitMember(FederatedMember):
-    """Such a device that holds the lower layers alone. Those that take part come first, in the order in which they are
-    served.
-    """
+class Replica(FrozenRecord):
+    """A chain of parts over which activations pass up and gradients down, and its share of the work."""
 
-    weight: float = Field(1.0, gt=0, description="of its share of the steps")
-    server_plan: str | None = Field(None, description="file of the server's plan for the layers above")
-    server_plan_fingerprint: str | None = None
-    layers: int = Field(0, ge=0, description="number of the model's lower layers that it holds")
-    layer_names: list[str] = Field([], description="the last layer that it holds, and the first one of the server")
-    ahead: int = Field(0, ge=0, description="micro-batches whose forward runs before their gradients are waited for")
-    up: list[Passed] = Field([], description="activations that pass up over its cut, in this order")
-    down: list[Passed] = Field([], description="gradients that pass down")
-    server_peak_bytes: int | None = Field(None, description="predicted peak of the server's run")
-    exchange_bytes: int = Field(0, ge=0, description="bytes of its peak that are there for messages alone")
-    server_exchange_bytes: int = Field(0, ge=0, description="the same of the server's")
-    head_seconds: float = Field(0.0, ge=0, description="from when a round begins until it is ready")
-    service_seconds: float = Field(0.0, ge=0, description="for which the server is busy with it")
-    tail_seconds: float = Field(0.0, ge=0, description="from then until its answer has arrived")
-    begin_seconds: float = Field(0.0, ge=0, description="when its service begins, counted from when the round does")
+    parts: list[Part] = Field(min_length=1)
+    first: int = Field(0, ge=0, description="number of its first micro-batch in a step, from 0")
+    micro_batches: int = Field(ge=1, description="of a step or a round")
+    gradients: Shelf = Field("disk", description="where its gradients wait until they are added up")
+    states: Shelf = Field("disk", description="where the optimizer's states lie between the steps of several replicas")
+    update_seconds: float = Field(0.0, ge=0, description="of the optimizer's arithmetic after gradients are added up")
+    rank: int = Field(0, ge=0, description="rounds: of the adapter that it trains")
+    adapter_bytes: int = Field(0, ge=0, description="rounds: of the tensors that its device sends back")
+    step_seconds: float = Field(
+        0.0, ge=0, description="rounds: predicted seconds of a micro-batch, the mean over those of an update"
+    )
+    bound_seconds: float = Field(0.0, ge=0, description="rounds: no plans within the budgets take less for one")
+    turn: Turn | None = Field(None, description="rounds: when it does what")
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-M = TypeVar("M", bound=PlannedMember)
-
-
-class BaselineResult(FrozenRecord):
+class Baseline(FrozenRecord):
     """A fixed way to share the work, judged in the same terms."""
 
+    name: str
     makespan_seconds: float | None = Field(description="None: some device cannot hold its part")
+    shares: dict[str, int] = Field(
+        {}, description="by member: of the micro-batches, or of the layers where these are cut"
+    )
     reason: str | None = Field(None, description="why there is no makespan")
 
 
-class Exactness(FrozenRecord):
-    """How far the results of a fleet are those of one process, or of devices that compute all layers."""
-
-    bit_identical: bool = Field(
-        description=(
-            "whether they are to the bit: messages are exact, and the members' profiles agree in everything that"
-            " decides how operators round"
-        )
-    )
-    differences: list[str] = Field([], description="in words, in what the profiles do not agree")
-
-
-class PlannedFleet(FrozenRecord, Generic[M]):
-    """What the plan of every fleet says."""
+class FleetPlan(FrozenRecord):
+    """Who of a fleet computes what, within which budget, and when all are done."""
 
     version: int = FLEET_VERSION
     fingerprint: str = Field(description="sha256 of everything else here")
-    kind: str
+    kind: Kind
     """by which the first bytes of its file tell it from other plans"""
     model: str
     batch: int = Field(description="rows of a micro-batch")
-    members: list[M]
+    micro_batches: int = Field(ge=1, description="of a step or a round, of all replicas together")
+    accumulate: int = Field(ge=1, description="micro-batches of an update: in a step all, in a round a replica's own")
+    members: list[Member] = Field(description="devices that were described, whether they take part or not")
+    replicas: list[Replica] = Field(description="in the order in which they add up, or are served")
+    bits: Literal[0, 4, 8] = Field(0, description="of a number in a message over a cut; 0: as it is")
+    blocks: list[int] = Field([], description="mobillm: indices of the model's blocks whose outputs are sent")
+    rank: int = Field(0, description="of the adapter: in rounds the largest; in mobillm of the side network")
+    trained_bytes: int = Field(description="bytes of the trained tensors")
     makespan_seconds: float = Field(description="predicted seconds of a step, or a round, as the simulator states them")
+    compute_seconds: float = Field(0.0, description="several replicas in a step: until the last one has computed")
+    exchange_seconds: float = Field(0.0, description="from there until every member has the sum")
+    update_seconds: float = Field(0.0, description="from there until every member has made the update")
     bound_seconds: float = Field(description="no way to share the work and no plans of this class take less")
     gap: float = Field(description="(makespan_seconds - bound_seconds) / makespan_seconds")
+    order_gap: float = Field(
+        0.0, description="split rounds: the gap of cuts and order where the parts' plans are given"
+    )
     solve_seconds: float
-
-    @property
-    def taking(self) -> list[M]:
-        """The members that take part, in the order in which they compute or are served."""
-        return [member for member in self.members if member.takes_part]
-
-
-class StepFleet(PlannedFleet[M]):
-    """A fleet whose members meet at every step."""
-
-    micro_batches: int = Field(ge=1, description="micro-batches of a step, in all")
-
-    @property
-    def chain(self) -> list[M]:
-        """The members that compute, in the order in which activations or gradients pass from one to the next."""
-        return self.taking
-
-
-class Baseline(BaselineResult):
-    name: Literal["equal shares", "fastest alone"]
-    micro_batches: dict[str, int] = Field(description="by member")
-
-
-class FleetPlan(StepFleet[Member], Exactness):
-    kind: Literal["data parallel"] = "data parallel"
-    trained_bytes: int = Field(description="bytes of the trained tensors, which pass over every link of the chain")
-    compute_seconds: float = Field(description="until the last member has computed its micro-batches")
-    exchange_seconds: float = Field(description="from there until every member has the sum")
-    update_seconds: float = Field(description="from there until every member has made the update")
+    bit_identical: bool = Field(
+        False,
+        description=(
+            "whether results are those of one process, or of devices that compute all layers, to the bit: messages are"
+            " exact, and the members' profiles agree in everything that decides how operators round"
+        ),
+    )
+    differences: list[str] = Field([], description="in words, in what the profiles do not agree")
     baselines: list[Baseline] = []
 
-
-class PipelineBaseline(BaselineResult):
-    name: Literal["equal layers", "fastest alone"]
-    layers: dict[str, int] = Field(description="number of layers by member")
-
-
-class PipelinePlan(StepFleet[StageMember], Exactness):
-    kind: Literal["pipeline"] = "pipeline"
-    bits: Literal[0, 4, 8] = Field(0, description="of a number in a message; 0: as it is")
-    link_bytes: list[int] = Field([], description="bytes of a step that pass over each cut, both ways together")
-    baselines: list[PipelineBaseline] = []
-
-
-class SidePlan(StepFleet[SideMember]):
-    """The plan of a device and a server that train a side network: the device comes first."""
-
-    kind: Literal["mobillm"] = "mobillm"
-    members: list[SideMember] = Field(min_length=2, max_length=2)
-    bits: Literal[0, 4, 8] = Field(description="of a number in a message; 0: as it is")
-    blocks: list[int] = Field(description="indices of the model's blocks whose outputs are sent")
-    rank: int = Field(description="width of the side network's adapters")
-    message: list[Passed] = Field(description="what passes for a micro-batch, in this order")
-    message_bytes: int = Field(description="bytes of that message")
-    device_alone_seconds: float | None = Field(
-        description="what a step of backpropagation takes the device alone within its budget; None: it does not fit"
-    )
+    @property
+    def in_rounds(self) -> bool:
+        """Whether devices train on data of their own and meet once a round, where adapters are averaged."""
+        return self.kind in ROUNDS
 
     @property
-    def bit_identical(self) -> bool:
-        """Nothing is computed twice that would have to be equal."""
-        return False
+    def one_way(self) -> bool:
+        """Whether messages pass up alone."""
+        return self.kind == "mobillm"
+
+    @property
+    def cut(self) -> bool:
+        """Whether each part holds some of the layers."""
+        return self.kind in ("pipeline", "split federated")
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those of all replicas, in the order in which activations or gradients pass from one to the next."""
+        return [part for replica in self.replicas for part in replica.parts]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the devices that take part, in the order of the replicas; in rounds without the server."""
+        computing = [replica.parts[:1] if self.in_rounds else replica.parts for replica in self.replicas]
+        return [part.member for parts in computing for part in parts]
+
+    @property
+    def idle(self) -> list[Member]:
+        """Members that take no part."""
+        computing = {part.member for part in self.parts}
+        return [member for member in self.members if member.name not in computing]
+
+    def member(self, name: str) -> Member:
+        """The device of that name."""
+        return next(member for member in self.members if member.name == name)
+
+    def replica(self, name: str) -> Replica:
+        """That in which the device of that name computes its first layers."""
+        return next(replica for replica in self.replicas if name in [part.member for part in replica.parts])
+
+    def part(self, name: str) -> Part:
+        """What the device of that name computes."""
+        return next(part for part in self.parts if part.member == name)
 
 
-class RoundsFleet(PlannedFleet[M]):
-    """A fleet whose devices train on data of their own, and meet once a round."""
-
-    steps: int = Field(ge=1, description="local steps, micro-batches, of a round, of all devices together")
-    accumulate: int = Field(ge=1, description="steps of an update; each device takes a multiple of it")
-    rank: int = Field(ge=1, description="of the fleet's adapter: the largest of those that take part")
-    adapter_bytes: int = Field(description="of its tensors")
-
-
-class FederatedBaseline(BaselineResult):
-    name: Literal["equal steps", "fastest alone"]
-    steps: dict[str, int] = Field(description="by member")
-
-
-class FederatedPlan(RoundsFleet[FederatedMember]):
-    kind: Literal["federated"] = "federated"
-    baselines: list[FederatedBaseline] = []
-
-
-class SplitServer(FrozenRecord):
-    """The machine that computes the upper layers, for one device at a time."""
-
-    device: str = Field(description="the device's name, as its profile has it")
-    measured: bool = Field(description="False: its profile is estimated, so that it cannot run this plan")
-    budget_bytes: int = Field(description="for a run of the upper layers; Flower's processes there are not counted")
-    link: Link
-    start_seconds: float = Field(ge=0, description="of a service beside its steps: until a run trains, and ends")
-
-
-class SplitBaseline(BaselineResult):
-    name: Literal["order as described", "one cut for all", "whole models", "without a device"]
-    layers: dict[str, int] = Field(description="number of layers by member; without a device by all others")
-
-
-class SplitPlan(RoundsFleet[SplitMember], Exactness):
-    kind: Literal["split federated"] = "split federated"
-    server: SplitServer
-    order_gap: float = Field(description="the gap where the plans of the stages are given: of the order and the cuts")
-    baselines: list[SplitBaseline] = []
-
-
-AnyFleet = FleetPlan | PipelinePlan | SidePlan | FederatedPlan | SplitPlan
-AnyStepFleet = FleetPlan | PipelinePlan | SidePlan
-AnyRounds = FederatedPlan | SplitPlan
-F = TypeVar("F", FleetPlan, PipelinePlan, SidePlan, FederatedPlan, SplitPlan)
-"""a plan of one kind"""
+ROUNDS = ("federated", "split federated")
+"""kinds of fleets that meet once a round"""

@@ -1,18 +1,17 @@
 """The fleet's judge: replays what all members and links do together, checks invariants, states makespans.
 
-It reads the fleet's plan and its members' plans alone and shares nothing with the searches but the clocks (`replay`). A
-rule that holds for every kind of fleet stands here once, for each part of each chain (`parts`). Every violated
+It reads the fleet's plan and its parts' plans alone and shares nothing with the searches but the clocks (`replay`). A
+rule that holds for every kind of fleet stands here once, for each part of each replica. Every violated
 invariant raises `InvalidFleet` with the invariant's name and the member:
 
 | invariant | what must hold |
 |---|---|
-| names | every member has a name of its own; where the order matters, those that compute come first |
-| micro-batches | data parallel: the members' runs follow one another in the chain's order and cover every micro-batch once |
+| names | every member has a name of its own, and takes part once; the server of rounds in every replica |
+| micro-batches | replicas take all micro-batches together: in a step one run after the other, in rounds whole updates |
 | layers | the parts of a chain follow one another, hold every layer once, and their plans are of these layers |
 | ahead | no part is ahead by less than nothing, more than a step or than the part below allows; the last one is in turns |
-| steps | rounds: members take all steps together, in whole updates |
 | link | both directions carry something, and latency is not negative |
-| plan | every part has a plan, the one with the fingerprint that is stated; members that take no part have none |
+| plan | every part has a plan, the one with the fingerprint that is stated; nobody else has one |
 | optimizer | that plan is of the fleet's updates: it hands gradients over, sends activations, or updates by itself |
 | model | the plans are of the fleet's model and batch, and train what is stated, each tensor in one part of a chain |
 | messages | what a part sends is what the next one receives, in the stated form, and so are the bytes of all messages |
@@ -43,19 +42,9 @@ from tightfit.planner.fleet.part_profiles import (
     pieces_of,
     slots_of,
 )
-from tightfit.planner.fleet.parts import Chain, Part, bits_of, message_bytes, messages_bytes, passing_of, replicas
+from tightfit.planner.fleet.parts import buffers_of, message_bytes, messages_bytes, passing_of
 from tightfit.planner.fleet.replay import FleetSimulation, Replays, replayed, stations_of
-from tightfit.planner.fleet.schema import (
-    AnyFleet,
-    FederatedMember,
-    FederatedPlan,
-    FleetPlan,
-    Passed,
-    PipelinePlan,
-    SidePlan,
-    SplitMember,
-    SplitPlan,
-)
+from tightfit.planner.fleet.schema import SERVER, FleetPlan, Member, Part, Passed, Replica, Turn
 from tightfit.planner.problem.device_forward import device_optimizer
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Layer, adamw
@@ -77,51 +66,51 @@ class InvalidFleet(InputError):  # noqa: N818  named by what it is about, like t
         self.member = member
 
 
-def simulate_fleet(
-    fleet: AnyFleet, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan] | None = None
-) -> FleetSimulation:
-    """Replay `fleet` with the plans of its members, by name, and in split rounds those that the server has for each.
+def simulate_fleet(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
+    """Replay `fleet` with the plans of its parts, by the names that these have there.
 
     Raises InvalidFleet where an invariant breaks, and `tightfit.planner.simulation.simulate.InvalidSchedule` where one
-    does in a member's own plan.
+    does in a part's own plan.
     """
-    return _Judge(fleet, plans, server_plans or {}).judged()
+    return _Judge(fleet, plans).judged()
 
 
 class _Judge:
-    def __init__(self, fleet: AnyFleet, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan]) -> None:
-        self.fleet, self.bits = fleet, bits_of(fleet)
-        self.by_member, self.by_device = plans, server_plans
+    def __init__(self, fleet: FleetPlan, plans: Mapping[str, Plan]) -> None:
+        self.fleet, self.plans = fleet, plans
+        self.members = {member.name: member for member in fleet.members}
         self.replays = Replays()
         self._messages: dict[int, Messages] = {}
         """by plan: many members may have one"""
-        self.chains = replicas(fleet)
 
     def judged(self) -> FleetSimulation:
-        fleet = self.fleet
+        replicas = self.fleet.replicas
         self._check_members()
-        if isinstance(fleet, FleetPlan):
-            self._check_micro_batches(fleet)
-        elif isinstance(fleet, FederatedPlan | SplitPlan):
-            self._check_steps(fleet)
-        for chain in self.chains:
-            self._check_layers(chain)
-        self._check_idle()
-        for at, chain in enumerate(self.chains):
-            for part in chain:
-                self._check_plan(chain, part)
-            self._check_trained(at, chain)
-        for at, chain in enumerate(self.chains):
-            self._check_messages(chain)
-            for place, part in enumerate(chain):
-                self._check_memory(part, self._needed(at, chain, place))
-                self._check_seconds(at, part)
-        found = self._replayed()
-        self._check_makespan(found)
-        return found
+        self._check_shares()
+        for replica in replicas:
+            self._check_layers(replica)
+        for replica in replicas:
+            for part in replica.parts:
+                self._check_plan(replica, part)
+            self._check_trained(replica)
+        if others := self.plans.keys() - {part.plan for part in self.fleet.parts}:
+            raise InvalidFleet("plan", min(others), "it computes nothing and has a plan")
+        for replica in replicas:
+            self._check_messages(replica)
+            for place, part in enumerate(replica.parts):
+                self._check_memory(replica, part, self._needed(replica, place))
+                self._check_seconds(replica, part)
+        simulation = self._replayed()
+        self._check_makespan(simulation)
+        return simulation
 
     def _plan(self, part: Part) -> Plan:
-        return (self.by_device if part.server else self.by_member)[part.member]
+        return self.plans[part.plan]
+
+    def _whose(self, replica: Replica, part: Part) -> str:
+        """Whose a part is, for people."""
+        device = replica.parts[0].member
+        return f"the server, for {device}" if self.fleet.in_rounds and part.member != device else part.member
 
     # --- members ---------------------------------------------------------------------------------------------------
 
@@ -131,181 +120,161 @@ class _Judge:
         for at, name in enumerate(names):
             if name in names[:at]:
                 raise InvalidFleet("names", name, "two members have this name")
-        computing = [member.takes_part for member in fleet.members]
-        if not isinstance(fleet, FederatedPlan) and computing != sorted(computing, reverse=True):
-            late = names[computing.index(False)]
-            raise InvalidFleet("names", late, "it takes no part and stands before members that do")
-        links = [(member.name, member.link) for member in fleet.members]
-        if isinstance(fleet, SplitPlan):
-            links.append(("the server", fleet.server.link))
-        for name, link in links:
+        taking = [part.member for part in fleet.parts]
+        for at, name in enumerate(taking):
+            if name not in names:
+                raise InvalidFleet("names", name, "it computes something and is no member")
+            if name in taking[:at] and not (fleet.in_rounds and name == SERVER):
+                raise InvalidFleet("names", name, "it computes two parts")
+        for member in fleet.members:
+            link = member.link
             carried = (link.up_bytes_per_second, link.down_bytes_per_second)
             if not all(0 < rate < math.inf for rate in carried) or not 0 <= link.latency_seconds < math.inf:
-                raise InvalidFleet("link", name, f"{link} carries nothing")
+                raise InvalidFleet("link", member.name, f"{link} carries nothing")
 
-    def _check_idle(self) -> None:
-        """Members that take no part have no plan."""
-        for member in self.fleet.members:
-            stated: list[object] = [member.plan, member.plan_fingerprint, self.by_member.get(member.name)]
-            if isinstance(member, FederatedMember):
-                stated.append(member.round_seconds or None)
-            if isinstance(member, SplitMember):
-                stated += [member.server_plan, self.by_device.get(member.name)]
-            if not member.takes_part and any(one is not None for one in stated):
-                raise InvalidFleet("plan", member.name, "it computes nothing and has a plan")
-
-    def _check_micro_batches(self, fleet: FleetPlan) -> None:
-        following = 0
-        for member in fleet.chain:
-            if member.first != following:
-                raise InvalidFleet(
-                    "micro-batches",
-                    member.name,
-                    f"it begins with micro-batch {member.first} where {following} comes next",
-                )
-            following += member.micro_batches
-        if following != fleet.micro_batches:
+    def _check_shares(self) -> None:
+        """The replicas compute all micro-batches together."""
+        fleet = self.fleet
+        if not fleet.in_rounds and fleet.accumulate != fleet.micro_batches:
             raise InvalidFleet(
                 "micro-batches",
-                "the chain",
-                f"it computes {following} micro-batches of the {fleet.micro_batches} of a step",
+                "the fleet",
+                f"an update has {fleet.accumulate} of the {fleet.micro_batches} micro-batches of a step",
+            )
+        following = 0
+        for replica in fleet.replicas:
+            name = replica.parts[0].member
+            if not fleet.in_rounds and replica.first != following:
+                raise InvalidFleet(
+                    "micro-batches", name, f"it begins with micro-batch {replica.first} where {following} comes next"
+                )
+            if fleet.in_rounds and replica.micro_batches % fleet.accumulate:
+                raise InvalidFleet(
+                    "micro-batches",
+                    name,
+                    f"it takes {replica.micro_batches} micro-batches, and an update takes {fleet.accumulate}",
+                )
+            following += replica.micro_batches
+        if following != fleet.micro_batches:
+            raise InvalidFleet(
+                "micro-batches", "the fleet", f"it computes {following} micro-batches of {fleet.micro_batches}"
             )
 
-    def _check_steps(self, fleet: FederatedPlan | SplitPlan) -> None:
-        if sum(member.steps for member in fleet.members) != fleet.steps:
-            raise InvalidFleet("steps", "the fleet", f"its members do not take {fleet.steps} steps in all")
-        for member in fleet.members:
-            if member.steps % fleet.accumulate:
-                raise InvalidFleet(
-                    "steps", member.name, f"it takes {member.steps} steps, and an update takes {fleet.accumulate}"
-                )
+    # --- a replica -------------------------------------------------------------------------------------------------
 
-    # --- a chain ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _micro_batches(self) -> int:
-        """Of an update."""
-        fleet = self.fleet
-        return fleet.accumulate if isinstance(fleet, FederatedPlan | SplitPlan) else fleet.micro_batches
-
-    def _check_layers(self, chain: Chain) -> None:
+    def _check_layers(self, replica: Replica) -> None:
         """The stated layers follow one another, and no part waits for ever for another."""
-        following: int | None = 0
-        for part in chain:
-            if part.layers is None:
+        parts, most = replica.parts, self.fleet.accumulate
+        following = 0
+        for part in parts:
+            if bool(part.layers) != self.fleet.cut:
+                raise InvalidFleet(
+                    "layers", part.member, f"layers {part.layers} are stated of a {self.fleet.kind} fleet"
+                )
+            if not part.layers:
                 continue
             first, last = part.layers
-            if first != following or (last is not None and last <= first):
+            if first != following or last <= first:
                 raise InvalidFleet(
-                    "layers", part.name, f"it holds layers {first} to {last} where {following} comes next"
+                    "layers", part.member, f"it holds layers {first} to {last} where {following} comes next"
                 )
             following = last
-        if not chain:
-            raise InvalidFleet("layers", "the chain", "nobody holds a layer")
-        if not agree([part.ahead for part in chain]):
+        if not agree([part.ahead for part in parts]):
             raise InvalidFleet(
                 "ahead", "the chain", "a part is farther ahead than the one below, and would wait for ever"
             )
-        for part in chain:
-            most = 0 if part is chain[-1] else self._micro_batches
-            if not 0 <= part.ahead <= most:
-                raise InvalidFleet("ahead", part.name, f"it is ahead by {part.ahead} of {self._micro_batches}")
+        for part in parts:
+            if not 0 <= part.ahead <= (0 if part is parts[-1] else most):
+                raise InvalidFleet("ahead", self._whose(replica, part), f"it is ahead by {part.ahead} of {most}")
 
-    def _check_plan(self, chain: Chain, part: Part) -> None:
-        fleet, plan = self.fleet, (self.by_device if part.server else self.by_member).get(part.member)
-        if plan is None or part.plan is None:
-            raise InvalidFleet("plan", part.name, "it computes something and has no plan")
+    def _check_plan(self, replica: Replica, part: Part) -> None:
+        fleet, plan, name = self.fleet, self.plans.get(part.plan), self._whose(replica, part)
+        if plan is None:
+            raise InvalidFleet("plan", name, "it computes something and has no plan")
         if plan.fingerprint != part.plan_fingerprint:
             raise InvalidFleet(
                 "plan",
-                part.name,
-                f"its plan is {plan.fingerprint[:12]}…, the fleet's was {str(part.plan_fingerprint)[:12]}…",
+                name,
+                f"its plan is {plan.fingerprint[:12]}…, the fleet's was {part.plan_fingerprint[:12]}…",
             )
-        wanted = self._optimizer(chain, part, plan)
+        wanted = self._optimizer(replica, part, plan)
         if plan.optimizer != wanted:
-            raise InvalidFleet("optimizer", part.name, f"its plan is for {plan.optimizer}, its part needs {wanted}")
+            raise InvalidFleet("optimizer", name, f"its plan is for {plan.optimizer}, its part needs {wanted}")
         if (plan.model.name, plan.batch) != (fleet.model, fleet.batch):
             raise InvalidFleet(
                 "model",
-                part.name,
+                name,
                 f"its plan is of {plan.model.name} in batches of {plan.batch}, the fleet of {fleet.model} in batches of"
                 f" {fleet.batch}",
             )
         own = [layer.name for layer in own_layers(plan)]
-        stated, ends = part.layers or (0, None), (own[0], own[-1])
-        if (stated[1] is not None and len(own) != stated[1] - stated[0]) or any(
-            said not in (None, name) for said, name in zip(part.ends, ends)
-        ):
+        if part.layers and ((len(own), [own[0], own[-1]]) != (part.layers[1] - part.layers[0], part.layer_names)):
             raise InvalidFleet(
-                "layers", part.name, f"it holds layers {stated} ({part.ends}), its plan is of {len(own)} ({ends})"
+                "layers", name, f"it holds layers {part.layers} ({part.layer_names}), its plan is of {len(own)} ({own})"
             )
 
-    def _optimizer(self, chain: Chain, part: Part, plan: Plan) -> dict[str, Any]:
+    def _optimizer(self, replica: Replica, part: Part, plan: Plan) -> dict[str, Any]:
         """What a part's plan has to be for."""
-        fleet, count = self.fleet, self._micro_batches
-        if isinstance(fleet, FleetPlan) and len(self.chains) > 1:
+        fleet, count = self.fleet, self.fleet.accumulate
+        if not fleet.in_rounds and len(fleet.replicas) > 1:
             return exchange_optimizer(count)
-        if isinstance(fleet, SidePlan) and part is chain[0]:
+        if fleet.one_way and part is replica.parts[0]:
             return device_optimizer(count)
-        if isinstance(fleet, FederatedPlan) and (plan.optimizer.get("name", "adamw"), plan.accumulate) == (
-            "adamw",
-            count,
-        ):
+        if fleet.kind == "federated" and (plan.optimizer.get("name", "adamw"), plan.accumulate) == ("adamw", count):
             return plan.optimizer  # with states as profiled
         return adamw(count)
 
-    def _check_trained(self, at: int, chain: Chain) -> None:
-        """What the plans of a chain train is what is stated, each tensor in one part."""
-        fleet, device = self.fleet, chain[0]
-        trained = [{tensor.name: tensor.bytes for tensor in trained_tensors(self._plan(part))} for part in chain]
+    def _check_trained(self, replica: Replica) -> None:
+        """What the plans of a replica train is what is stated, each tensor in one part."""
+        fleet, name = self.fleet, replica.parts[0].member
+        trained = [
+            {tensor.name: tensor.bytes for tensor in trained_tensors(self._plan(part))} for part in replica.parts
+        ]
         lower, whole = sum(trained[0].values()), sum(sum(own.values()) for own in trained)
-        if isinstance(fleet, FleetPlan) and whole != fleet.trained_bytes:
-            raise InvalidFleet("model", device.name, f"its plan trains {whole} bytes, the fleet {fleet.trained_bytes}")
-        if not isinstance(fleet, FederatedPlan | SplitPlan):
+        if len(set().union(*trained)) < sum(map(len, trained)):
+            raise InvalidFleet("model", name, "two of its parts train one tensor")
+        less = fleet.kind == "federated" and whole <= fleet.trained_bytes  # its rank may be lower
+        if whole != fleet.trained_bytes and not less:
+            raise InvalidFleet("model", name, f"its plan trains {whole} bytes, the fleet {fleet.trained_bytes}")
+        if not fleet.in_rounds:
             return
-        member = fleet.taking[at]
-        ranks = [(self._plan(part).model.lora or {}).get("rank") for part in chain]
-        stated, most = (member.rank, whole), (fleet.rank, fleet.adapter_bytes)
-        fits = stated == most if isinstance(fleet, SplitPlan) else stated[0] <= most[0] and stated[1] <= most[1]
-        if ranks != [member.rank] * len(chain) or lower != member.adapter_bytes or not fits:
+        ranks = [(self._plan(part).model.lora or {}).get("rank") for part in replica.parts]
+        fits = replica.rank <= fleet.rank if less else replica.rank == fleet.rank
+        if set(ranks) != {replica.rank} or lower != replica.adapter_bytes or not fits:
             raise InvalidFleet(
                 "model",
-                device.name,
+                name,
                 f"adapters of rank {ranks} are trained, {lower} bytes there and {whole} in all; stated are rank"
-                f" {member.rank} and {member.adapter_bytes} bytes, of the fleet {fleet.rank} and {fleet.adapter_bytes}",
+                f" {replica.rank} and {replica.adapter_bytes} bytes, of the fleet {fleet.rank} and"
+                f" {fleet.trained_bytes}",
             )
-        if len(set().union(*trained)) < sum(map(len, trained)):
-            raise InvalidFleet("model", device.name, "its plan and the server's train a tensor both")
 
-    def _check_messages(self, chain: Chain) -> None:
+    def _check_messages(self, replica: Replica) -> None:
         seen: set[str] = set()
-        for at, part in enumerate(chain):
-            plan = self._plan(part)
-            own = {layer.name for layer in own_layers(plan)}
+        parts, labels = replica.parts, int(self.fleet.one_way)
+        for at, part in enumerate(parts):
+            name = self._whose(replica, part)
+            own = {layer.name for layer in own_layers(self._plan(part))}
             if seen & own:
-                raise InvalidFleet("layers", part.name, f"another part computes {min(seen & own)} too")
+                raise InvalidFleet("layers", name, f"another part computes {min(seen & own)} too")
             seen |= own
             sent_up, sent_down = self._passed(part, SEND, "up"), self._passed(part, SEND, "down")
-            if bool(sent_up[0]) != (at < len(chain) - 1) or bool(self._passed(part, RECEIVE, "up")[0]) != bool(at):
-                raise InvalidFleet("layers", part.name, "its plan does not begin, or end, where its part does")
+            if bool(sent_up[0]) != (at < len(parts) - 1) or bool(self._passed(part, RECEIVE, "up")[0]) != bool(at):
+                raise InvalidFleet("layers", name, "its plan does not begin, or end, where its part does")
             for stated, (passed, bits) in ((part.up, sent_up), (part.down, sent_down)):
-                if passed != list(stated) or bits - {self.bits}:
-                    raise InvalidFleet("messages", part.name, "its plan sends something else than is stated")
-        for below, above in pairwise(chain):
+                if passed != stated or bits - {self.fleet.bits}:
+                    raise InvalidFleet("messages", name, "its plan sends something else than is stated")
+        for below, above in pairwise(parts):
             passed, bits = self._passed(below, SEND, "up")
-            if self._passed(above, RECEIVE, "up") != (passed[above.labels :], bits):
-                raise InvalidFleet("messages", above.name, "it does not receive what its neighbour sends")
-            if self._passed(below, RECEIVE, "down") != self._passed(above, SEND, "down"):
-                raise InvalidFleet("messages", below.name, "it does not receive what its neighbour sends")
-        fleet = self.fleet
-        if isinstance(fleet, PipelinePlan):
-            both = [self._size(below.up) + self._size(above.down) for below, above in pairwise(chain)]
-            if fleet.link_bytes != [fleet.micro_batches * one for one in both]:
+            # The batch's labels, at the beginning of a message that passes one way, are no operator's input.
+            if self._passed(above, RECEIVE, "up") != (passed[labels:], bits):
                 raise InvalidFleet(
-                    "messages", "link_bytes", f"{fleet.link_bytes} bytes are stated for messages of {both}"
+                    "messages", self._whose(replica, above), "it does not receive what its neighbour sends"
                 )
-        if isinstance(fleet, SidePlan) and fleet.message_bytes != self._size(fleet.message):
-            raise InvalidFleet("messages", "message_bytes", f"{fleet.message_bytes} bytes are stated")
+            if self._passed(below, RECEIVE, "down") != self._passed(above, SEND, "down"):
+                raise InvalidFleet(
+                    "messages", self._whose(replica, below), "it does not receive what its neighbour sends"
+                )
 
     def _passed(self, part: Part, target: str, direction: str) -> tuple[list[Passed], set[int]]:
         """What the operators `target` of a part's plan pass in a direction, in the order of the message, and in which
@@ -314,165 +283,164 @@ class _Judge:
         plan = self._plan(part)
         if id(plan) not in self._messages:
             self._messages[id(plan)] = _messages(plan)
-        found, bits = self._messages[id(plan)].get((target, direction), ({}, set()))
-        return [found[number] for number in sorted(found)], bits
+        tensors, bits = self._messages[id(plan)].get((target, direction), ({}, set()))
+        return [tensors[number] for number in sorted(tensors)], bits
 
-    def _size(self, passed: Sequence[Passed]) -> int:
-        return message_bytes(passing_of(passed), self.bits)
-
-    def _needed(self, at: int, chain: Chain, place: int) -> int:
+    def _needed(self, replica: Replica, place: int) -> int:
         """Bytes that a part holds for what passes."""
-        fleet, part = self.fleet, chain[place]
-        plan = self._plan(part)
-        if isinstance(fleet, FleetPlan) and len(self.chains) > 1:
-            member = fleet.chain[at]
+        fleet, parts = self.fleet, replica.parts
+        plan = self._plan(parts[place])
+        if not fleet.in_rounds and len(fleet.replicas) > 1:
             return exchange_bytes(
                 plan.device.floor,
                 pieces_of(plan),
-                slots=slots_of(member.micro_batches, first=not at),
-                gradients=member.gradients,
-                states=member.states,
+                slots=slots_of(replica.micro_batches, first=replica is fleet.replicas[0]),
+                gradients=replica.gradients,
+                states=replica.states,
             )
+
+        def size(passed: Sequence[Passed]) -> int:
+            return message_bytes(passing_of(passed), fleet.bits)
+
         return messages_bytes(
             plan.device.floor,
-            from_below=self._size(chain[place - 1].up) if place else 0,
-            to_below=self._size(part.down),
-            to_above=self._size(part.up),
-            from_above=self._size(chain[place + 1].down) if place + 1 < len(chain) else 0,
-            buffers=part.buffers,
+            from_below=size(parts[place - 1].up) if place else 0,
+            to_below=size(parts[place].down),
+            to_above=size(parts[place].up),
+            from_above=size(parts[place + 1].down) if place + 1 < len(parts) else 0,
+            buffers=buffers_of(fleet, replica, place),
         )
 
-    def _check_memory(self, part: Part, needed: int) -> None:
-        plan, floor = self._plan(part), self._plan(part).device.floor
+    def _check_memory(self, replica: Replica, part: Part, needed: int) -> None:
+        plan, member, name = self._plan(part), self.members[part.member], self._whose(replica, part)
+        floor = plan.device.floor
         if part.exchange_bytes != needed:
             raise InvalidFleet(
-                "exchange",
-                part.name,
-                f"{part.exchange_bytes} bytes are set aside for what passes, which takes {needed}",
+                "exchange", name, f"{part.exchange_bytes} bytes are set aside for what passes, which takes {needed}"
             )
         if plan.floor_bytes != floor.held_bytes or floor.resident_bytes < needed:
             raise InvalidFleet(
-                "exchange",
-                part.name,
-                f"its plan's floor of {floor.held_bytes} bytes does not hold the exchange's {needed}",
+                "exchange", name, f"its plan's floor of {floor.held_bytes} bytes does not hold the exchange's {needed}"
             )
-        found = self.replays.of(plan)
-        peak, allowed = plan.peak_bytes + part.aside_bytes, part.budget_bytes
-        if part.aside_bytes < 0 or max(peak, plan.budget_bytes + part.aside_bytes) > allowed:
+        peak_bytes = self.replays.of(plan).peak_bytes
+        peak, allowed = plan.peak_bytes + member.aside_bytes, member.budget_bytes
+        if member.aside_bytes < 0 or max(peak, plan.budget_bytes + member.aside_bytes) > allowed:
             raise InvalidFleet(
                 "budget",
-                part.name,
+                name,
                 f"its plan is for {plan.budget_bytes} bytes and peaks at {peak}, {allowed} are allowed",
             )
-        if not part.peak_bytes == peak == found.peak_bytes + part.aside_bytes:
+        if not part.peak_bytes == peak == peak_bytes + member.aside_bytes:
             raise InvalidFleet(
                 "peak",
-                part.name,
+                name,
                 f"the fleet states {part.peak_bytes} bytes, its plan {peak}, the replay"
-                f" {found.peak_bytes + part.aside_bytes}",
+                f" {peak_bytes + member.aside_bytes}",
             )
 
-    def _check_seconds(self, at: int, part: Part) -> None:
-        fleet, plan = self.fleet, self._plan(part)
-        found = self.replays.of(plan)
-        takes = found.step_seconds
-        if isinstance(fleet, FleetPlan):
-            takes = micro_batch_seconds(plan, fleet.chain[at].gradients, first=not at)
-        stated: list[tuple[float | None, float]] = [(plan.step_seconds, found.step_seconds)]
-        if not isinstance(fleet, SplitPlan):  # which states those of both parts together
-            stated.append((part.micro_batch_seconds, takes))
-        if isinstance(fleet, PipelinePlan):
-            assert found.evaluate is not None
-            stated.append((part.forward_seconds, found.evaluate.seconds))
-        for said, seconds in stated:
-            if said is None or not _same(said, seconds, seconds):
-                raise InvalidFleet("seconds", part.name, f"{said} s are stated, the replay finds {seconds} s")
-        if not isinstance(fleet, SplitPlan):
-            _check_bound(part.name, part.bound_seconds, takes)
+    def _check_seconds(self, replica: Replica, part: Part) -> None:
+        fleet, plan, name = self.fleet, self._plan(part), self._whose(replica, part)
+        simulation = self.replays.of(plan)
+        takes = simulation.step_seconds
+        if not fleet.in_rounds and len(fleet.replicas) > 1:
+            takes = micro_batch_seconds(plan, replica.gradients, first=replica is fleet.replicas[0])
+        stated: list[tuple[float | None, float]] = [
+            (plan.step_seconds, simulation.step_seconds),
+            (part.micro_batch_seconds, takes),
+        ]
+        if part.layers:
+            assert simulation.evaluate is not None
+            stated.append((part.forward_seconds, simulation.evaluate.seconds))
+        for claim, seconds in stated:
+            if claim is None or not _same(claim, seconds, seconds):
+                raise InvalidFleet("seconds", name, f"{claim} s are stated, the replay finds {seconds} s")
+        _check_bound(name, part.bound_seconds, takes)
 
     # --- the whole -------------------------------------------------------------------------------------------------
 
     def _replayed(self) -> FleetSimulation:
         fleet = self.fleet
-        if isinstance(fleet, FederatedPlan | SplitPlan):
-            return self._round(fleet)
-        if isinstance(fleet, PipelinePlan):
-            (chain,) = self.chains
-            return FleetSimulation(makespan_seconds=self._played(chain).makespan)
-        return replayed(fleet, self.by_member)
+        if fleet.in_rounds:
+            return self._round()
+        if fleet.cut:
+            return FleetSimulation(makespan_seconds=self._played(fleet.replicas[0]).makespan)
+        return replayed(fleet, self.plans)
 
-    def _check_makespan(self, found: FleetSimulation) -> None:
+    def _check_makespan(self, simulation: FleetSimulation) -> None:
         fleet = self.fleet
-        claims = {"makespan_seconds": (fleet.makespan_seconds, found.makespan_seconds)}
-        if isinstance(fleet, FleetPlan):
-            claims["compute_seconds"] = fleet.compute_seconds, found.compute_seconds
-            claims["exchange_seconds"] = fleet.exchange_seconds, found.exchange_seconds
-            claims["update_seconds"] = fleet.update_seconds, found.update_seconds
-        for claim, (stated, seconds) in claims.items():
-            if not _same(stated, seconds, found.makespan_seconds):
+        claims = ("makespan_seconds", "compute_seconds", "exchange_seconds", "update_seconds")
+        for claim in claims:
+            stated, seconds = getattr(fleet, claim), getattr(simulation, claim)
+            if not _same(stated, seconds, simulation.makespan_seconds):
                 raise InvalidFleet("makespan", claim, f"{stated} s are stated, the replay finds {seconds} s")
-        _check_bound("bound_seconds", fleet.bound_seconds, found.makespan_seconds)
+        _check_bound("bound_seconds", fleet.bound_seconds, simulation.makespan_seconds)
 
-    def _played(self, chain: Chain) -> Played:
-        """An update of a chain on the clock, of which each message is held against what it needs."""
-        stations = stations_of(chain, [self._plan(part) for part in chain], self.bits, self.replays)
-        told = play(stations, self._micro_batches)
-        does = {(one.what, one.station, one.number): one for one in told.doings if one.to is None}
-        slack = ROUNDING * told.makespan
-        for one in told.doings:
-            if one.to is None:
+    def _played(self, replica: Replica) -> Played:
+        """An update of a replica on the clock, of which each message is held against what it needs."""
+        stations = stations_of(self.fleet, replica, self.plans, self.replays)
+        played = play(stations, self.fleet.accumulate)
+        does = {(doing.what, doing.station, doing.number): doing for doing in played.doings if doing.to is None}
+        slack = ROUNDING * played.makespan
+        for message in played.doings:
+            if message.to is None:
                 continue
-            source, number = stations[one.station], one.number
-            arrived = one.end + source.link.latency_seconds + stations[one.to].link.latency_seconds
-            if one.to > one.station:
+            source, number = stations[message.station], message.number
+            arrived = message.end + source.link.latency_seconds + stations[message.to].link.latency_seconds
+            if message.to > message.station:
                 marks = source.forward if source.ahead else source.train
-                ready = does["forward", one.station, number].begin + marks.send_up
-                used = does["forward", one.to, number].end
+                ready = does["forward", message.station, number].begin + marks.send_up
+                used = does["forward", message.to, number].end
             else:
-                ready = does["backward", one.station, number].begin
-                used = does["backward", one.to, number].begin
-            if one.begin < ready - slack or used < arrived - slack:
+                ready = does["backward", message.station, number].begin
+                used = does["backward", message.to, number].begin
+            if message.begin < ready - slack or used < arrived - slack:
                 raise InvalidFleet(
                     "order",
-                    chain[one.to].name,
-                    f"micro-batch {number} from {chain[one.station].name} is made at {ready} s, sent at {one.begin} s,"
-                    f" there at {arrived} s and used until {used} s",
+                    replica.parts[message.to].member,
+                    f"micro-batch {number} from {replica.parts[message.station].member} is made at {ready} s, sent at"
+                    f" {message.begin} s, there at {arrived} s and used until {used} s",
                 )
-        return told
+        return played
 
-    def _round(self, fleet: FederatedPlan | SplitPlan) -> FleetSimulation:
+    def _round(self) -> FleetSimulation:
         """A round: each device gets the adapter, takes its steps, where there is a server in turn with it, and
         answers.
         """
-        free = 0.0
-        for member, chain in zip(fleet.taking, self.chains):
-            step, link, down_bytes, start = member.step_seconds or 0.0, member.link, fleet.adapter_bytes, 0.0
-            if isinstance(fleet, SplitPlan):
-                takes = self._played(chain).makespan / fleet.accumulate
-                self._check_same("step", member, member.step_seconds, takes)
-                _check_bound(member.name, member.bound_seconds, takes)
-                down_bytes, start = member.adapter_bytes, fleet.server.start_seconds
-            if min(member.start_seconds, start) < 0:
-                raise InvalidFleet("seconds", member.name, "a start takes less than no time")
-            head = down_bytes / link.down_bytes_per_second + link.latency_seconds + member.start_seconds
-            service = start + member.steps * step
-            tail = member.adapter_bytes / link.up_bytes_per_second + link.latency_seconds
-            begin = head
-            if isinstance(member, SplitMember):
-                self._check_same("head", member, member.head_seconds, head)
-                self._check_same("service", member, member.service_seconds, service)
-                self._check_same("tail", member, member.tail_seconds, tail)
-                begin = max(free, head)
-                self._check_same("beginning", member, member.begin_seconds, begin, "order")
-                free = begin + service
-            self._check_same("round", member, member.round_seconds, begin + service + tail)
-        return FleetSimulation(makespan_seconds=max(member.round_seconds for member in fleet.members))
+        fleet = self.fleet
+        free, answered = 0.0, [0.0]
+        for replica in fleet.replicas:
+            device = self.members[replica.parts[0].member]
+            takes, down_bytes, start = replica.parts[0].micro_batch_seconds, fleet.trained_bytes, 0.0
+            if fleet.cut:
+                takes = self._played(replica).makespan / fleet.accumulate
+                down_bytes, start = replica.adapter_bytes, self.members[SERVER].start_seconds
+            self._check_same("step", device, replica.step_seconds, takes)
+            _check_bound(device.name, replica.bound_seconds, takes)
+            if min(device.start_seconds, start) < 0:
+                raise InvalidFleet("seconds", device.name, "a start takes less than no time")
+            link = device.link
+            head = down_bytes / link.down_bytes_per_second + link.latency_seconds + device.start_seconds
+            counted = Turn.model_construct(
+                head_seconds=head,
+                begin_seconds=max(free, head) if fleet.cut else head,
+                service_seconds=start + replica.micro_batches * replica.step_seconds,
+                tail_seconds=replica.adapter_bytes / link.up_bytes_per_second + link.latency_seconds,
+            )
+            for what in Turn.model_fields:
+                stated = None if replica.turn is None else getattr(replica.turn, what)
+                invariant = "order" if what == "begin_seconds" else "seconds"
+                self._check_same(what.removesuffix("_seconds"), device, stated, getattr(counted, what), invariant)
+            free = counted.end_seconds
+            answered.append(counted.answered_seconds)
+        return FleetSimulation(makespan_seconds=max(answered))
 
     def _check_same(
-        self, what: str, member: FederatedMember, said: float | None, counted: float, invariant: str = "seconds"
+        self, what: str, member: Member, stated: float | None, counted: float, invariant: str = "seconds"
     ) -> None:
-        if said is None or not _same(said, counted, counted):
-            raise InvalidFleet(invariant, member.name, f"{said} s are stated for its {what}, the count is {counted} s")
+        if stated is None or not _same(stated, counted, counted):
+            raise InvalidFleet(
+                invariant, member.name, f"{stated} s are stated for its {what}, the count is {counted} s"
+            )
 
 
 def own_layers(plan: Plan) -> list[Layer]:

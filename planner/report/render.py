@@ -34,18 +34,6 @@ def captioned(caption: str) -> Table:
     return table
 
 
-def plain_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of a fleet; in a narrow terminal names and figures take several lines alike."""
-    table = captioned(caption)
-    for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading in ("member", "does", "device") else "right", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 class _FittedTable:
     """A comparison's table; where it is wider than the terminal, cells and headings take several lines."""
 

@@ -25,7 +25,7 @@ from tightfit.runtime.session.options import DataOptions, EarlierRunOptions, Rat
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.schema import AnyRounds, SplitPlan
+    from tightfit.planner.fleet.schema import FleetPlan
     from tightfit.runtime.federated.device import DeviceSettings
 
 MEMBER = "{member}"
@@ -114,15 +114,14 @@ def run(
         raise InputError(
             "devices join over TLS: give --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile, or --insecure"
         )
-    from tightfit.planner.fleet.io import load_rounds
-    from tightfit.planner.fleet.schema import FederatedPlan
+    from tightfit.planner.fleet.io import load_fleet
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.federated import flower
     from tightfit.runtime.federated.server import SuperLinkOptions, Tls, serve
 
     flower.check_installed()
-    fleet = load_rounds(folder)
-    names = [member.name for member in fleet.taking]
+    fleet = load_fleet(folder, in_rounds=True)
+    names = fleet.names
     console = messages()
     tls = None
     if certificate and certificate_key and authority:
@@ -138,7 +137,7 @@ def run(
     if round_options.least > len(names):
         raise InputError(f"--min {round_options.least}: {len(names)} devices take part in this plan; give at most that")
     address = host
-    if isinstance(fleet, FederatedPlan):
+    if not fleet.cut:
         if meet is not None:
             raise InputError(f"--meet {meet}: the devices of this plan hold all layers and meet nobody; leave it out")
     else:
@@ -181,16 +180,18 @@ def _existing(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _meeting(fleet: SplitPlan, meet: str | None, host: str, *, local: bool) -> tuple[str, int]:
+def _meeting(fleet: FleetPlan, meet: str | None, host: str, *, local: bool) -> tuple[str, int]:
     """Address and first port of the server's runs in split rounds. Raises InputError where devices could not reach
     them.
     """
     from tightfit.planner.fleet.parts import PORT
+    from tightfit.planner.fleet.schema import SERVER
     from tightfit.runtime.session.fleet import address_of
 
-    if not fleet.server.measured:
+    server = fleet.member(SERVER)
+    if not server.measured:
         raise InputError(
-            f"the server's times are estimated for {fleet.server.device}, not measured; profile on the server itself"
+            f"the server's times are estimated for {server.device}, not measured; profile on the server itself"
             " and plan again"
         )
     if meet is None and host in ("0.0.0.0", "::"):  # noqa: S104  compared, not bound
@@ -200,7 +201,7 @@ def _meeting(fleet: SplitPlan, meet: str | None, host: str, *, local: bool) -> t
 
 def _device(
     folder: Path,
-    fleet: AnyRounds,
+    fleet: FleetPlan,
     name: str,
     data: str,
     work: Path,
@@ -212,11 +213,11 @@ def _device(
     """The settings of a device that reaches the server at the host `server`. Raises InputError for one that takes no
     part in the plan, or was not measured.
     """
-    from tightfit.planner.fleet.io import fleet_path, load_member_plan
+    from tightfit.planner.fleet.io import fleet_path, load_member_plan, plan_file
     from tightfit.runtime.federated.device import DeviceSettings
 
     plan = load_member_plan(folder, fleet, name)  # it is there, and the right one
-    member = next(member for member in fleet.members if member.name == name)
+    member = fleet.member(name)
     if not member.measured:
         raise InputError(
             f"member {name!r}: its times are estimated for {member.device}, not measured; profile on the device itself"
@@ -225,14 +226,14 @@ def _device(
     data_path = data.replace(MEMBER, name)
     device = DeviceSettings(
         member=name,
-        plan=str((fleet_path(folder).parent / str(member.plan)).absolute()),
-        rank=member.rank,
+        plan=str((fleet_path(folder).parent / plan_file(name)).absolute()),
+        rank=fleet.replica(name).rank,
         data=data_path if data_path == "random" else str(Path(data_path).absolute()),
         work=str(work.absolute()),
         truncate=truncate,
         cgroup=cgroup,
     )
-    if fleet.kind == "federated":
+    if not fleet.cut:
         return device
     from tightfit.runtime.federated.split_stage import prepared_device
 
@@ -276,14 +277,14 @@ def join(
     """Take part as a device: wait for rounds, train in each under the cap, and answer, until Ctrl-C."""
     if insecure and (root_certificates or private_key):
         raise InputError("--insecure is without certificates and keys; leave it out, or them")
-    from tightfit.planner.fleet.io import load_rounds
+    from tightfit.planner.fleet.io import load_fleet
     from tightfit.runtime.federated import flower
     from tightfit.runtime.federated.fleet_api import Endpoint
     from tightfit.runtime.federated.server import node_command
 
     flower.check_installed()
     server = Endpoint.of(superlink, tls=not insecure, root_certificates=root_certificates).host
-    fleet = load_rounds(folder)
+    fleet = load_fleet(folder, in_rounds=True)
     truncate = read(DataOptions, options).truncate
     device = _device(folder, fleet, member, data, output, server, truncate=truncate, cgroup=cgroup)
     authority = _existing(root_certificates) if root_certificates else None
@@ -314,21 +315,20 @@ def stage(
     **options: Any,
 ) -> None:
     """Run one side of a device's service in a split round, as its node and the server do."""
-    from tightfit.planner.fleet.io import key_path, load_member_plan, load_rounds, load_server_plan
-    from tightfit.planner.fleet.schema import FederatedPlan
+    from tightfit.planner.fleet.io import key_path, load_fleet, load_member_plan, load_part_plan
     from tightfit.runtime.cli.run import carry_out
     from tightfit.runtime.federated.split_stage import stage_membership
     from tightfit.runtime.session.fleet import address_of
     from tightfit.runtime.session.options import RunOptions
 
-    fleet = load_rounds(folder)
-    if isinstance(fleet, FederatedPlan):
+    fleet = load_fleet(folder, in_rounds=True)
+    if not fleet.cut:
         raise InputError(f"{folder}: its devices hold all layers; plan rounds with a [server] to split them")
     plan = load_member_plan(folder, fleet, member)
-    plan = load_server_plan(folder, fleet, member) if server else plan
-    stage_member = next(taking for taking in fleet.taking if taking.name == member)
+    if server:
+        plan = load_part_plan(folder, fleet.replica(member).parts[-1])
     host, port = address_of("--at", at)
-    seat = stage_membership(fleet, stage_member, plan, host, port, key_path(folder), timeout, server=server)
+    seat = stage_membership(fleet, member, host, port, key_path(folder), timeout, server=server)
     training = RunOptions(
         **dict(read(RateOptions, options)),
         steps=steps,

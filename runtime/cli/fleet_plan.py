@@ -24,7 +24,7 @@ from tightfit.runtime.common.limits import enough_for_a_solver
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.description import DescribedFleet
-    from tightfit.planner.fleet.schema import AnyFleet, AnyRounds
+    from tightfit.planner.fleet.schema import FleetPlan
     from tightfit.planner.schema import Plan
 
 DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it. For federated rounds it names `steps = 64`, the
@@ -100,7 +100,6 @@ def plan(
     from tightfit.planner.fleet.description import read_description
     from tightfit.planner.fleet.fleet_planner import plan_kind, plan_side
     from tightfit.planner.fleet.io import FILE, save_fleet
-    from tightfit.planner.fleet.schema import AnyStepFleet
     from tightfit.planner.problem.device_forward import DEFAULT_BITS
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.runtime.cli.terminal import SolvingDisplay, messages
@@ -120,15 +119,14 @@ def plan(
             raise InputError(f"{option} is for fleets of another kind; plan {kind} without it")
     check_writable(output / FILE)
     console = messages()
-    planned: AnyFleet
-    server_plans: dict[str, Plan] = {}
+    planned: FleetPlan
     why: str | None = None
     gap: dict[str, Any] = {} if asked.gap is None else {"gap": asked.gap}
     members, count = described.members, described.count
     with Interrupts() as interrupts, SolvingDisplay(console, asked.time_limit) as solving:
         if kind == FEDERATED:
             asked_of_rounds = of_rounds.but(progress=solving)
-            planned, plans, server_plans = _rounds(described, asked_of_rounds, **gap)
+            planned, plans = _rounds(described, asked_of_rounds, **gap)
         elif kind == MOBILLM:
             wanted = DEFAULT_BITS if bits is None else bits
             planned, plans = plan_side(
@@ -144,15 +142,13 @@ def plan(
         )
     summary = planned.model_dump(mode="json") | {"interrupted": interrupts.seen}
     with answering(summary, fleet_text(planned), as_json):
-        summary["fleet"] = str(save_fleet(planned, plans, output, server_plans))
+        summary["fleet"] = str(save_fleet(planned, plans, output))
     console.print(f"plan written to {summary['fleet']}")
-    if isinstance(planned, AnyStepFleet) and (commands := member_commands(planned, output)):
+    if not planned.in_rounds and (commands := member_commands(planned, output)):
         console.print(commands)
 
 
-def _rounds(
-    described: DescribedFleet, options: RoundsPlanOptions, **more: float
-) -> tuple[AnyRounds, dict[str, Plan], dict[str, Plan]]:
+def _rounds(described: DescribedFleet, options: RoundsPlanOptions, **more: float) -> tuple[FleetPlan, dict[str, Plan]]:
     """The plan of rounds, those of the devices, and the server's for each, if there is one."""
     from tightfit.planner.fleet.rounds import plan_federated, plan_split
 
@@ -160,7 +156,7 @@ def _rounds(
     if options.start is not None:
         common["start_seconds"] = options.start
     if described.server is None:
-        return *plan_federated(described.members, described.count, **common), {}
+        return plan_federated(described.members, described.count, **common)
     if options.server_start is not None:
         common["server_start_seconds"] = options.server_start
     weights = described.weights

@@ -23,7 +23,7 @@ from tightfit.runtime.supervision.failure import last_message
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.schema import AnyStepFleet, Member, SideMember, StageMember
+    from tightfit.planner.fleet.schema import FleetPlan
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
@@ -97,11 +97,11 @@ def run(
             "--member and --at belong together: which member this is, and where all of them meet; without both, all"
             " members run on this machine"
         )
-    from tightfit.planner.fleet.io import key_path, load_any, load_member_plan
+    from tightfit.planner.fleet.io import key_path, load_fleet, load_member_plan
 
-    fleet = load_any(plan)
+    fleet = load_fleet(plan, in_rounds=False)
     _check_length(fleet, run_options)
-    if data is None and (fleet.kind != MOBILLM or member != fleet.chain[-1].name):
+    if data is None and not (fleet.one_way and member == fleet.names[-1]):
         raise InputError("--data is missing; give the training data, the same for every member")
     if member is None:
         # Each member gets this command's words, without those that are for this process alone.
@@ -125,7 +125,7 @@ def run(
     )
 
 
-def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
+def member_commands(fleet: FleetPlan, folder: Path) -> str:
     """The commands that run each member on a device of its own, with the address at which they meet; "" for a single
     member.
     """
@@ -134,7 +134,7 @@ def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
     commands = member_commands(fleet, str(folder))
     if not commands:
         return ""
-    listening = fleet.chain[listener(fleet)].name
+    listening = fleet.names[listener(fleet)]
     meeting = (
         f"on each device, with all of {folder}; they meet at {listening!r}: HOST is an address of that one, which the"
         " others reach"
@@ -142,14 +142,14 @@ def member_commands(fleet: AnyStepFleet, folder: Path) -> str:
     return "\n".join([meeting, *(f"  {command}" for command in commands.values())])
 
 
-def _check_length(fleet: AnyStepFleet, options: RunOptions) -> None:
+def _check_length(fleet: FleetPlan, options: RunOptions) -> None:
     """Raise InputError where the fleet cannot train as long as it is asked to."""
     if options.steps is not None and options.steps % fleet.micro_batches:
         raise InputError(
             f"--steps {options.steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of"
             " that"
         )
-    if options.epochs is not None and fleet.kind == MOBILLM:
+    if options.epochs is not None and fleet.one_way:
         raise InputError(
             f"--epochs {options.epochs:g}: the server of a mobillm fleet has no data, and does not know how long an"
             " epoch is; give --steps"
@@ -159,27 +159,27 @@ def _check_length(fleet: AnyStepFleet, options: RunOptions) -> None:
 # --- all members on this machine --------------------------------------------------------------------------------------
 
 
-def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json: bool) -> None:
+def _all_members(fleet: FleetPlan, output: Path, words: list[str], *, as_json: bool) -> None:
     """Start every member as a process of its own, show their progress, and print their reports."""
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.session.fleet import free_port
 
-    chain = fleet.chain
+    names = fleet.names
     output.mkdir(parents=True, exist_ok=True)
-    at = f"127.0.0.1:{free_port(count=len(chain))}"
+    at = f"127.0.0.1:{free_port(count=len(names))}"
     console = messages()
     with ExitStack() as stack:
         running: dict[str, subprocess.Popen[bytes]] = {}
         signals = stack.enter_context(relayed_signals())
-        for member in chain:
-            log = stack.enter_context((output / f"{member.name}.{LOG}").open("wb"))
-            command = interpreter.command(MODULE, *words, "--member", member.name, "--at", at, "--json")
-            running[member.name] = start(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            signals.to(running[member.name])
+        for name in names:
+            log = stack.enter_context((output / f"{name}.{LOG}").open("wb"))
+            command = interpreter.command(MODULE, *words, "--member", name, "--at", at, "--json")
+            running[name] = start(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            signals.to(running[name])
         updates_shown = 0
         while any(child.poll() is None for child in running.values()):
             time.sleep(POLL_SECONDS)
-            updates_shown = _tell_updates(console, output / chain[0].name / UPDATES, updates_shown, fleet)
+            updates_shown = _tell_updates(console, output / names[0] / UPDATES, updates_shown, fleet)
         codes = {name: child.wait() for name, child in running.items()}
     failed = {name: code for name, code in codes.items() if code}
     if failed:
@@ -190,12 +190,12 @@ def _all_members(fleet: AnyStepFleet, output: Path, words: list[str], *, as_json
             )
         )
     reports = {name: json.loads((output / name / REPORT).read_text()) for name in codes}  # noqa: TID251  written by the members
-    saves = chain[-1 if fleet.kind == MOBILLM else 0]
-    summary = {"members": reports, "adapter": reports[saves.name]["adapter"]}
+    saves = names[-1 if fleet.one_way else 0]
+    summary = {"members": reports, "adapter": reports[saves]["adapter"]}
     answer(summary, _report_table(fleet, reports), as_json=as_json)
 
 
-def _tell_updates(console: Any, path: Path, shown: int, fleet: AnyStepFleet) -> int:
+def _tell_updates(console: Any, path: Path, shown: int, fleet: FleetPlan) -> int:
     """Print a line about each update after the first `shown`; returns how many there are now."""
     lines = _updates(path)
     for line in lines[shown:]:
@@ -214,34 +214,26 @@ def _updates(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _report_table(fleet: AnyStepFleet, reports: Mapping[str, dict[str, Any]]) -> Any:
+def _report_table(fleet: FleetPlan, reports: Mapping[str, dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
+    from tightfit.planner.report.fleet_text import part_words
     from tightfit.runtime.common.units import format_size
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    share = {"pipeline": "layers", MOBILLM: "computes"}.get(fleet.kind, "micro-batches")
+    share = "computes" if fleet.one_way else "layers" if fleet.cut else "micro-batches"
     for heading in ("member", share, "peak: predicted", "measured", "step: predicted", "measured"):
         table.add_column(heading, justify="left" if heading == "member" else "right")
-    for member in fleet.chain:
-        report = reports[member.name]
+    for name in fleet.names:
+        report = reports[name]
         peak, step = report["peak_bytes"], report.get("fleet", {}).get("seconds", report["step_seconds"])
         table.add_row(
-            member.name,
-            _share(member),
+            name,
+            part_words(fleet, name),
             format_size(peak["predicted"]),
             format_size(peak["measured"]),
             f"{step['predicted']:.2f} s",
             f"{step['measured']:.2f} s" if step["measured"] else "–",
         )
     return table
-
-
-def _share(member: Member | StageMember | SideMember) -> str:
-    """What a member computes: micro-batches, layers from the first to the last, or a part of its own."""
-    if hasattr(member, "does"):
-        return member.does
-    if hasattr(member, "layer_names"):
-        return " … ".join(member.layer_names)
-    return str(member.micro_batches)

@@ -18,12 +18,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tightfit.planner.fleet.schema import AnyRounds, FederatedMember
+from tightfit.planner.fleet.members import trained_tensors
+from tightfit.planner.fleet.schema import FleetPlan, Replica
 from tightfit.planner.schema import Plan
 from tightfit.profiles.models.lora import check_planned
 from tightfit.runtime.common.errors import InputError, TightfitError
@@ -115,33 +116,31 @@ class Rounds:
 
     def __init__(
         self,
-        fleet: AnyRounds,
+        fleet: FleetPlan,
         plans: Mapping[str, Plan],
         options: RoundOptions,
         network: Network,
-        server_plans: Mapping[str, Plan],
         *,
         say: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`plans` are those of the devices that take part, by name, and `server_plans` the server's for the layers
-        above, if they do not hold all; `say` is told what happens.
-        """
+        """`plans` are those of the fleet's parts, by the names that these have there; `say` is told what happens."""
         self.fleet, self.options, self.network = fleet, options, network
         self.say, self.clock, self.sleep = say, clock, sleep
         self.folder = RoundsFolder(options.out)
-        self.members: dict[str, FederatedMember] = {member.name: member for member in fleet.taking}
+        self.members: dict[str, Replica] = dict(zip(fleet.names, fleet.replicas))
         self.plans = plans
-        self.lower = {name: aggregate.shapes_of(plan) for name, plan in plans.items()}
-        self.upper = {name: aggregate.shapes_of(plan) for name, plan in server_plans.items()}
+        shapes = {part.plan: aggregate.shapes_of(plans[part.plan]) for part in fleet.parts}
+        self.lower = {name: shapes[replica.parts[0].plan] for name, replica in self.members.items()}
+        self.upper = {name: shapes[replica.parts[1].plan] for name, replica in self.members.items() if fleet.cut}
         """shapes of what the server trains for a device"""
-        self.largest = max(self.members.values(), key=lambda member: member.rank)
-        plan = _whole(plans[self.largest.name], server_plans.get(self.largest.name))
+        self.largest = max(fleet.replicas, key=lambda replica: replica.rank)
+        plan = _whole([plans[part.plan] for part in self.largest.parts])
         self.shapes = aggregate.shapes_of(plan)
-        self.mixed = len({member.rank for member in self.members.values()}) > 1
+        names = [tensor.name for tensor in trained_tensors(plan)]
+        self.mixed = len({replica.rank for replica in fleet.replicas}) > 1
         body = plan.model.config.get("adapter_body", BODY)
-        names = [tensor.name for tensor in plan.tensors if tensor.kind == "trainable"]
         assert plan.model.lora is not None
         base = plan.model.config.get("adapter_base", plan.model.source)
         self.config = adapter_config(plan.model.lora, names, base, body)
@@ -322,7 +321,7 @@ class Rounds:
     def _order(self, one: Round, name: str) -> Order:
         return Order(
             round=one.number,
-            steps=json.dumps({name: self.members[name].steps}),
+            steps=json.dumps({name: self.members[name].micro_batches}),
             lr=self.options.rate(one.number),
             weight_decay=self.options.weight_decay,
             seed=self.options.seed + one.number,
@@ -443,7 +442,6 @@ class Rounds:
             one.service = None
 
 
-def _whole(lower: Plan, upper: Plan | None) -> Plan:
-    """The plan of a device, with all that is trained above the layers that it holds."""
-    above = [tensor for tensor in upper.tensors if tensor.kind == "trainable"] if upper else []
-    return lower.model_copy(update={"tensors": [*lower.tensors, *above]})
+def _whole(plans: Sequence[Plan]) -> Plan:
+    """The plan of a replica's first part, with the tensors of all its parts."""
+    return plans[0].model_copy(update={"tensors": [tensor for plan in plans for tensor in plan.tensors]})

@@ -18,8 +18,8 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server_plan
-from tightfit.planner.fleet.schema import AnyRounds, SplitPlan
+from tightfit.planner.fleet.io import load_fleet, load_part_plan
+from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.parent import end_with_parent
@@ -77,7 +77,7 @@ def main(grid: Grid, context: Context) -> None:
     write_whole(folder.out / PID, f"{os.getpid()}\n")
     try:
         _alone(folder.out / "flower")
-        fleet = load_rounds(options.fleet)
+        fleet = load_fleet(options.fleet, in_rounds=True)
         network = GridNetwork(grid)
         saved = _rounds(fleet, options, network).run()
         tell_over(network)
@@ -107,11 +107,9 @@ def tell_over(network: Network, wait: Callable[[float], None] = time.sleep) -> N
         wait(LOOK_SECONDS)
 
 
-def _rounds(fleet: AnyRounds, options: RoundOptions, network: Network) -> Rounds:
-    folder, names = options.fleet, [member.name for member in fleet.taking]
-    plans = {name: load_member_plan(folder, fleet, name) for name in names}
-    above = {name: load_server_plan(folder, fleet, name) for name in names} if isinstance(fleet, SplitPlan) else {}
-    return Rounds(fleet, plans, options, network, above, say=_say)
+def _rounds(fleet: FleetPlan, options: RoundOptions, network: Network) -> Rounds:
+    plans = {part.plan: load_part_plan(options.fleet, part) for part in fleet.parts}
+    return Rounds(fleet, plans, options, network, say=_say)
 
 
 def _alone(directory: Path) -> None:

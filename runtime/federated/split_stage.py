@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tightfit.planner.fleet.parts import bits_of, replicas
-from tightfit.planner.fleet.schema import SERVER, SplitMember, SplitPlan
+from tightfit.planner.fleet.schema import SERVER, FleetPlan
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.strict_json import from_json
@@ -28,30 +27,23 @@ SERVERS_PLACE = 1
 
 
 def stage_membership(
-    fleet: SplitPlan,
-    member: SplitMember,
-    plan: Plan,
-    address: str,
-    port: int,
-    key: Path,
-    timeout: float,
-    *,
-    server: bool,
+    fleet: FleetPlan, name: str, address: str, port: int, key: Path, timeout: float, *, server: bool
 ) -> Membership:
-    """The membership of the run of `plan`: of a device's layers, or with `server` of the layers above. The server
-    listens at `address` and `port`, and each saves its own part of the adapter.
+    """The membership of the run of a device's layers, or with `server` of the layers above. The server listens at
+    `address` and `port`, and each saves its own part of the adapter.
     """
-    names, rank = [member.name, SERVER], SERVERS_PLACE if server else 0
-    chain = next(one for one in replicas(fleet) if one[0].member == member.name)
-    update = fleet.accumulate * (member.step_seconds or 0.0)
-    again = plan.evaluate.seconds if plan.evaluate and chain[rank].ahead else 0.0
+    names, rank = [name, SERVER], SERVERS_PLACE if server else 0
+    replica = fleet.replica(name)
+    part = replica.parts[rank]
+    update = fleet.accumulate * replica.step_seconds
+    again = (part.forward_seconds or 0.0) if part.ahead else 0.0
     figures: dict[str, Any] = {
         "member": names[rank],
         "members": names,
         "micro_batches": fleet.accumulate,
         "seconds": update,
-        "layers": member.layer_names,
-        "exchange_seconds": max(0.0, update - fleet.accumulate * (plan.step_seconds + again)),
+        "layers": part.layer_names,
+        "exchange_seconds": max(0.0, update - fleet.accumulate * (part.micro_batch_seconds + again)),
         "update_seconds": 0.0,
         "share": [0, fleet.accumulate],
     }
@@ -62,9 +54,9 @@ def stage_membership(
         port=port,
         timeout=timeout,
         micro_batches=fleet.accumulate,
-        part=stage_part(chain, rank, bits_of(fleet), gathers=False),
+        part=stage_part(fleet, replica, rank, gathers=False),
         exact=fleet.bit_identical,
-        plan=f"{fleet.fingerprint} {member.name}",
+        plan=f"{fleet.fingerprint} {name}",
         key=str(key.absolute()),
         listens=SERVERS_PLACE,
     )

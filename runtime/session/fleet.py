@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.fleet.parts import PORT, Chain, listener, passing_of, replicas
-from tightfit.planner.fleet.schema import (
-    BUFFERS,
-    PIECE_BYTES,
-    AnyStepFleet,
-    FleetPlan,
-    Member,
-    PipelinePlan,
-    SideMember,
-    StageMember,
-)
+from tightfit.planner.fleet.parts import PORT, buffers_of, listener, passing_of
+from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, FleetPlan, Replica
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.exchange import ExchangePart
 from tightfit.runtime.engine.fleet.meeting import listening
@@ -41,17 +32,17 @@ class Membership:
     figures: dict[str, Any] | None
 
 
-def member_options(options: RunOptions, fleet: AnyStepFleet, member: Membership) -> RunOptions:
+def member_options(options: RunOptions, fleet: FleetPlan, member: Membership) -> RunOptions:
     """The options of a fleet's run for one member, which has a folder of its own in theirs. Of members that each have
     the whole model only the first evaluates, of those that have parts of it all do.
     """
-    evaluates = fleet.kind == "pipeline" or member.name == fleet.chain[0].name
+    evaluates = fleet.cut or member.name == fleet.names[0]
     held_out = options.eval_data if evaluates else None
     return options.but(member=member, out=Path(options.out) / member.name, eval_data=held_out)
 
 
 def membership(
-    fleet: AnyStepFleet,
+    fleet: FleetPlan,
     name: str,
     address: str,
     port: int,
@@ -64,46 +55,39 @@ def membership(
     steps and at least ten minutes. Raises InputError for a name that the fleet lacks, and for a member that takes no
     part.
     """
-    chain = fleet.chain
-    names = [member.name for member in chain]
+    names = fleet.names
     if name not in names:
         idle = any(member.name == name for member in fleet.members)
         why = "takes no part in this plan" if idle else "is not in this plan"
         raise InputError(f"member {name!r} {why}; those that compute are {', '.join(names)}")
-    rank = names.index(name)
-    waiting_seconds = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(chain[rank]))
+    if len(names) == 1:
+        return Membership(name=name, seat=None, figures=None)
+    rank, replica, planned = names.index(name), fleet.replica(name), fleet.part(name)
+    busy = planned.micro_batch_seconds + ((planned.forward_seconds or 0.0) if planned.ahead else 0.0)
     figures: dict[str, Any] = {
         "member": name,
         "members": names,
         "micro_batches": fleet.micro_batches,
         "seconds": fleet.makespan_seconds,
-        "exchange_seconds": waiting_seconds,
-        "update_seconds": 0.0,
-        "share": [0, fleet.micro_batches],
+        "exchange_seconds": max(0.0, fleet.makespan_seconds - fleet.micro_batches * busy),
+        "update_seconds": fleet.update_seconds,
+        "share": [replica.first, replica.micro_batches],
     }
     part: ExchangePart | StagePart
-    if isinstance(fleet, FleetPlan):
-        member = fleet.chain[rank]
+    if len(replica.parts) == 1:
         part = ExchangePart(
-            first=member.first,
-            count=member.micro_batches,
-            gradients=member.gradients,
-            states=member.states,
+            first=replica.first,
+            count=replica.micro_batches,
+            gradients=replica.gradients,
+            states=replica.states,
             piece_bytes=PIECE_BYTES,
             buffers=BUFFERS,
         )
-        figures |= {"exchange_seconds": fleet.exchange_seconds, "update_seconds": fleet.update_seconds}
-        figures["share"] = [member.first, member.micro_batches]
+        figures["exchange_seconds"] = fleet.exchange_seconds
     else:
-        (parts,) = replicas(fleet)
         # In mobillm each part saves what it has trained itself.
-        part = stage_part(parts, rank, fleet.bits, gathers=isinstance(fleet, PipelinePlan))
-        if isinstance(fleet, PipelinePlan):
-            figures["layers"] = fleet.chain[rank].layer_names
-        else:
-            figures["result"] = SIDE_RESULT
-    if len(chain) == 1:
-        return Membership(name=name, seat=None, figures=None)
+        part = stage_part(fleet, replica, rank, gathers=not fleet.one_way)
+        figures |= {"result": SIDE_RESULT} if fleet.one_way else {"layers": planned.layer_names}
     seat = Seat(
         members=names,
         rank=rank,
@@ -147,16 +131,17 @@ def free_port(count: int = 1) -> int:
             return first
 
 
-def check_listens(fleet: AnyStepFleet, name: str, address: str, port: int) -> None:
+def check_listens(fleet: FleetPlan, name: str, address: str, port: int) -> None:
     """Raise InputError where `name` is the member that the others meet at, and cannot listen at the address given."""
-    chain = fleet.chain
-    if chain[listener(fleet)].name == name:
-        for other in range(len(chain) - 1):
+    names = fleet.names
+    if names[listener(fleet)] == name:
+        for other in range(len(names) - 1):
             listening(address, port + other, f"member {name!r}, this one,").close()
 
 
-def stage_part(parts: Chain, rank: int, bits: int, *, gathers: bool) -> StagePart:
-    """What the member at `rank` of a chain does. `gathers`: the first one saves what all have trained."""
+def stage_part(fleet: FleetPlan, replica: Replica, rank: int, *, gathers: bool) -> StagePart:
+    """What the part at `rank` of a replica does. `gathers`: the first one saves what all have trained."""
+    parts = replica.parts
 
     def boundary(lower: int) -> Boundary | None:
         """What passes between the part at `lower` and the next."""
@@ -168,13 +153,7 @@ def stage_part(parts: Chain, rank: int, bits: int, *, gathers: bool) -> StagePar
         below=boundary(rank - 1),
         above=boundary(rank),
         ahead=parts[rank].ahead,
-        ahead_below=parts[rank].buffers - 1,
-        bits=bits,
+        ahead_below=buffers_of(fleet, replica, rank) - 1,
+        bits=fleet.bits,
         gathers=gathers,
     )
-
-
-def _busy(member: Member | StageMember | SideMember) -> float:
-    """Seconds that a member computes for each micro-batch."""
-    recomputing = (member.forward_seconds or 0.0) if isinstance(member, StageMember) and member.ahead else 0.0
-    return (member.micro_batch_seconds or 0.0) + recomputing

@@ -36,7 +36,8 @@ from rich.table import Table
 from examples.reviews import SEQ, fetch
 from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet, plan_pipeline
 from tightfit.planner.fleet.io import save_fleet, sealed_fleet
-from tightfit.planner.fleet.schema import FleetPlan, Link, PipelinePlan, StageMember
+from tightfit.planner.fleet.parts import link_bytes
+from tightfit.planner.fleet.schema import FleetPlan, Link
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.api import profile
@@ -164,9 +165,6 @@ def measured_together(devices: Sequence[Place], model: Path, batch: int, folder:
     return {place.name: load_profile(folder / f"{place.name}.json") for place in devices}
 
 
-AnyPlan = FleetPlan | PipelinePlan
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ran:
     """What a fleet's run left."""
@@ -179,26 +177,26 @@ class Ran:
     """of each update"""
 
 
-def run_fleet(folder: Path, fleet: AnyPlan, devices: Sequence[Place], data: Path, out: Path, steps: int) -> Ran:
+def run_fleet(folder: Path, fleet: FleetPlan, devices: Sequence[Place], data: Path, out: Path, steps: int) -> Ran:
     """Run every member in its place; raises RuntimeError with what it said where one fails."""
     by_name = {place.name: place for place in devices}
-    first = by_name[fleet.chain[0].name]
+    first = by_name[fleet.names[0]]
     environment = os.environ | {"PYTHONPATH": python_path()}
     running = {}
     out.mkdir(parents=True, exist_ok=True)
-    before = {member.name: by_name[member.name].bytes_sent() for member in fleet.chain}
-    for member in fleet.chain:
+    before = {name: by_name[name].bytes_sent() for name in fleet.names}
+    for name in fleet.names:
         words = command("tightfit.runtime.cli.main", "fleet", "run", str(folder), "--data", str(data))
         words += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--checkpoint-every", "0", "-o", str(out)]
-        words += ["--member", member.name, "--at", f"{first.address}:{PORT}", "--json", "--overwrite"]
-        with (out / f"{member.name}.log").open("wb") as log:
-            running[member.name] = subprocess.Popen(
-                by_name[member.name].inside(words), env=environment, stdout=log, stderr=subprocess.STDOUT
+        words += ["--member", name, "--at", f"{first.address}:{PORT}", "--json", "--overwrite"]
+        with (out / f"{name}.log").open("wb") as log:
+            running[name] = subprocess.Popen(
+                by_name[name].inside(words), env=environment, stdout=log, stderr=subprocess.STDOUT
             )
     failed = [name for name, child in running.items() if child.wait()]
     if failed:
         raise RuntimeError("\n".join(f"{name}: {(out / f'{name}.log').read_text()[-2000:]}" for name in failed))
-    lines = (out / fleet.chain[0].name / "fleet.jsonl").read_text().splitlines()
+    lines = (out / fleet.names[0] / "fleet.jsonl").read_text().splitlines()
     return Ran(
         reports={name: json.loads((out / name / "report.json").read_text()) for name in running},
         sent={name: by_name[name].bytes_sent() - before[name] for name in running},
@@ -211,18 +209,13 @@ def equal_shares(fleet: FleetPlan) -> FleetPlan:
     """The same members, each with as many micro-batches. Gradients wait on disk: in memory, those of more micro-batches
     than planned have no room.
     """
-    chain, first = {member.name: member for member in fleet.chain}, 0
-    members = []
-    for member in fleet.members:
-        if member.name in chain:
-            rank = list(chain).index(member.name)
-            count = fleet.micro_batches // len(chain) + (rank < fleet.micro_batches % len(chain))
-            changes = {"first": first, "micro_batches": count, "gradients": "disk"}
-            members.append(member.model_copy(update=changes))
-            first += count
-        else:
-            members.append(member)
-    return sealed_fleet(fleet.model_copy(update={"members": members}))
+    replicas, first = [], 0
+    for rank, replica in enumerate(fleet.replicas):
+        count = fleet.micro_batches // len(fleet.replicas) + (rank < fleet.micro_batches % len(fleet.replicas))
+        changes = {"first": first, "micro_batches": count, "gradients": "disk"}
+        replicas.append(replica.model_copy(update=changes))
+        first += count
+    return sealed_fleet(fleet.model_copy(update={"replicas": replicas}))
 
 
 def run_alone(measured: Profile, micro_batches: int, data: Path, folder: Path, steps: int) -> str:
@@ -276,7 +269,7 @@ def main() -> None:
             with places(given.quotas, rate) as devices:
                 ran = run_fleet(place, fleet, devices, reviews.train, place / "out", steps)
                 wanted = {alone} if kind == "data" else {alone, *ran.hashes.values()}
-                equal = set(ran.hashes.values()) == wanted and ran.hashes[fleet.chain[0].name] == alone
+                equal = set(ran.hashes.values()) == wanted and ran.hashes[fleet.names[0]] == alone
                 same &= equal
                 _print(report, given, rate, fleet, ran)
                 whose = (
@@ -288,7 +281,7 @@ def main() -> None:
                 )
                 told = {"fleet": fleet.model_dump(mode="json"), **asdict(ran), "equal": equal}
                 figures.append({"kind": kind, "rate": rate, **told})
-                if given.equal and isinstance(fleet, FleetPlan):
+                if given.equal and fleet.kind == "data parallel":
                     shares = equal_shares(fleet)
                     save_fleet(shares, plans, place / "equal")
                     other = run_fleet(
@@ -308,23 +301,23 @@ def _numbers(text: str) -> list[float]:
     return [float(one) for one in text.split(",")]
 
 
-def _print(report: tables.Report, given: Any, rate: float, fleet: AnyPlan, ran: Ran) -> None:
-    share = "layers" if isinstance(fleet, PipelinePlan) else "micro-batches"
+def _print(report: tables.Report, given: Any, rate: float, fleet: FleetPlan, ran: Ran) -> None:
+    share = "layers" if fleet.cut else "micro-batches"
     columns = ("device", "of a core", share, "budget, MiB", "peak: predicted", "measured", "sent per update, MB")
     table = Table(*columns)
     quotas = {f"device{number}": quota for number, quota in enumerate(given.quotas)}
-    for member in fleet.chain:
-        peak = ran.reports[member.name]["peak_bytes"]
+    for name in fleet.names:
+        peak, part = ran.reports[name]["peak_bytes"], fleet.part(name)
         table.add_row(
-            member.name,
-            f"{quotas[member.name]:g}",
-            f"{member.first_layer} to {member.last_layer - 1}, {member.ahead} ahead"
-            if isinstance(member, StageMember)
-            else str(member.micro_batches),
-            f"{member.budget_bytes / MIB:,.0f}",
+            name,
+            f"{quotas[name]:g}",
+            f"{part.layers[0]} to {part.layers[1] - 1}, {part.ahead} ahead"
+            if fleet.cut
+            else str(fleet.replica(name).micro_batches),
+            f"{fleet.member(name).budget_bytes / MIB:,.0f}",
             f"{peak['predicted'] / MIB:,.1f}",
             f"{peak['measured'] / MIB:,.1f}",
-            f"{ran.sent[member.name] / given.updates / 1e6:.2f}",
+            f"{ran.sent[name] / given.updates / 1e6:.2f}",
         )
     report.table(table)
     measured = statistics.median(ran.seconds[1:] or ran.seconds)
@@ -335,12 +328,12 @@ def _print(report: tables.Report, given: Any, rate: float, fleet: AnyPlan, ran: 
         f" {fleet.bound_seconds:.2f} s (gap {fleet.gap:.2%}). Exchanging and waiting for others: {statistics.median(waiting):.2f} s"
         " measured (median of the members)."
     )
-    if isinstance(fleet, FleetPlan):
+    if not fleet.cut:
         report.text(
             f"Exchange: {fleet.exchange_seconds:.2f} s predicted; {fleet.trained_bytes / 1e6:.2f} MB pass each way."
         )
     else:
-        passed = ", ".join(f"{size / 1e6:.2f}" for size in fleet.link_bytes)
+        passed = ", ".join(f"{size / 1e6:.2f}" for size in link_bytes(fleet))
         report.text(f"Over the cuts pass {passed} MB in a step, both ways together.")
     for baseline in fleet.baselines:
         if baseline.makespan_seconds is None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_side
-from tightfit.planner.fleet.io import load_any, save_fleet
-from tightfit.planner.fleet.schema import Link, SidePlan
+from tightfit.planner.fleet.io import load_fleet, save_fleet
+from tightfit.planner.fleet.schema import FleetPlan, Link
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.engine.fleet.message import Passing, put, take
@@ -31,9 +31,9 @@ SERVER_BYTES = 1 << 30
 LINK = Link(up_bytes_per_second=12.5e6, down_bytes_per_second=12.5e6, latency_seconds=2e-3)
 
 
-def planned_pair(made: Profile, source: str, cap: int, folder: Path) -> SidePlan:
+def planned_pair(made: Profile, source: str, cap: int, folder: Path) -> FleetPlan:
     """The plan of both members, whose device has the profile `made`; from `folder` where it is there."""
-    if (folder / "fleet.json").exists() and (found := load_any(folder)).members[0].budget_bytes == cap:
+    if (folder / "fleet.json").exists() and (found := load_fleet(folder)).members[0].budget_bytes == cap:
         return found
     threads = made.device.threads
     server = profile(source, batch=made.batch, seq=made.seq or 0, threads=threads, side_rank=RANK)
@@ -46,7 +46,7 @@ def planned_pair(made: Profile, source: str, cap: int, folder: Path) -> SidePlan
     return fleet
 
 
-def trained_pair(fleet: SidePlan, folder: Path, data: Path, out: Path, *, steps: int, lr: float, every: int) -> Path:
+def trained_pair(fleet: FleetPlan, folder: Path, data: Path, out: Path, *, steps: int, lr: float, every: int) -> Path:
     """The server's folder of a run with all its checkpoints, made now or finished, unless it is there."""
     if (out / "server" / f"checkpoint-{steps}").exists():
         return out / "server"
@@ -71,7 +71,7 @@ class SideJudge:
     for messages.
     """
 
-    def __init__(self, model: torch.nn.Module, fleet: SidePlan, records: Any, samples: int) -> None:
+    def __init__(self, model: torch.nn.Module, fleet: FleetPlan, records: Any, samples: int) -> None:
         """`model`: transformers' causal language model in bfloat16; `records`: of held-out samples, of which the first
         `samples` are judged.
         """
@@ -126,7 +126,7 @@ class SideJudge:
         return {"loss": total / count, "accuracy": right / count}
 
 
-def judged_pair(fleet: SidePlan, folder: Path, judge: SideJudge, start: dict[str, float], lr: float) -> dict[str, Any]:
+def judged_pair(fleet: FleetPlan, folder: Path, judge: SideJudge, start: dict[str, float], lr: float) -> dict[str, Any]:
     """What a run was like, with its curve on held-out texts from `start` on, in the form of `convergence.judged`."""
     lines = [json.loads(line) for line in (folder / "fleet.jsonl").read_text().splitlines()]
     report = json.loads((folder.parent / "device" / "report.json").read_text())

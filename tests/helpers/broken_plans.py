@@ -31,14 +31,3 @@ def rejected(plan, invariant):
     assert caught.value.invariant == invariant, str(caught.value)
     assert f"({invariant})" in str(caught.value)
     return caught.value
-
-
-def member_changed(at: int, **changes):
-    """A change for `model_copy`, of the fields of one member: change(fleet)."""
-
-    def change(fleet):
-        members = list(fleet.members)
-        members[at] = members[at].model_copy(update=changes)
-        return {"members": members}
-
-    return change

@@ -53,8 +53,8 @@ def tiny_fleet(folder: Path, *, steps=6, ranks=(4, 4), speeds=(1e-3, 1e-3), name
 
 
 def tiny_split_fleet(folder: Path, *, steps=4, speeds=(1e-5, 1e-3), server=1e-4, layers=3, names="abcdefgh", **options):
-    """A split federated plan saved in `folder`/fleet, the plans of its devices and the server's, and the whole model's
-    profile. `speeds`: seconds of an operator on each device; `server`: on the server.
+    """A split federated plan saved in `folder`/fleet, the plans of its parts, and the whole model's profile.
+    `speeds`: seconds of an operator on each device; `server`: on the server.
     """
     traced = decoder_profile(folder / "store", config={**CONFIG, "num_hidden_layers": layers})
     profile = traced.model_copy(update={"device": traced.device.model_copy(update={"threads": 1})})
@@ -63,6 +63,6 @@ def tiny_split_fleet(folder: Path, *, steps=4, speeds=(1e-5, 1e-3), server=1e-4,
         return MemberSpec(name=name, profile=timed(profile, seconds), budget_bytes=BUDGET, link=LINK)
 
     members = [spec(name, seconds) for name, seconds in zip(names, speeds)]
-    fleet, plans, server_plans = plan_split(spec("server", server), members, steps, time_limit=20.0, **options)
-    save_fleet(fleet, plans, folder / "fleet", server_plans)
-    return fleet, plans, server_plans, profile
+    fleet, plans = plan_split(spec("server", server), members, steps, time_limit=20.0, **options)
+    save_fleet(fleet, plans, folder / "fleet")
+    return fleet, plans, profile

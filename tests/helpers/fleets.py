@@ -18,8 +18,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from tiny_plans import CONFIG, decoder_profile  # noqa: E402  a member's process finds it beside this file
 
+from tightfit.planner.fleet.io import plan_file  # noqa: E402
 from tightfit.planner.fleet.part_profiles import cuts, stage_profile  # noqa: E402
-from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Passed, PipelinePlan, StageMember  # noqa: E402  # noqa: E402
+from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Part, Passed, Replica  # noqa: E402
 from tightfit.planner.io import load_plan, save_plan  # noqa: E402
 from tightfit.planner.plan import planner_of  # noqa: E402
 from tightfit.profiles.models.lora import LoraConfig  # noqa: E402
@@ -49,28 +50,24 @@ class Workshop:
         alone = profile.model_copy(update={"optimizer": adamw(micro_batches)})
         save_plan(planner_of(alone).plan(BUDGET), folder / "alone.json")
         exchanges = {"name": EXCHANGE, "state_tensors": 0, "accumulate": micro_batches}
-        save_plan(planner_of(profile.model_copy(update={"optimizer": exchanges})).plan(BUDGET), folder / "member.json")
+        save_plan(
+            planner_of(profile.model_copy(update={"optimizer": exchanges})).plan(BUDGET), folder / plan_file("member")
+        )
 
     def fleet(self, shares, shelves) -> FleetPlan:
         """A fleet whose members compute so many micro-batches each; `shelves`: (gradients, states) of each, in turn."""
-        members, first = [], 0
+        replicas, first = [], 0
         for number, share in enumerate(shares):
             gradients, states = shelves[number % len(shelves)]
-            members.append(
-                Member(
-                    name=f"m{number}", device="test", measured=True, budget_bytes=BUDGET, link=LINK, plan="member.json",
-                    first=first, micro_batches=share, gradients=gradients, states=states,
-                )
-            )  # fmt: skip
+            part = self._part(number, "member")
+            replicas.append(Replica(parts=[part], first=first, micro_batches=share, gradients=gradients, states=states))
             first += share
         assert first == self.micro_batches
-        return FleetPlan(
-            fingerprint="x", model="tiny", micro_batches=self.micro_batches, batch=2, trained_bytes=self.trained_bytes,
-            members=members, makespan_seconds=1.0, bound_seconds=1.0, gap=0.0, compute_seconds=0.8,
-            exchange_seconds=0.1, update_seconds=0.1, solve_seconds=0.0, bit_identical=True,
-        )  # fmt: skip
+        return self._fleet(
+            "data parallel", replicas, compute_seconds=0.8, exchange_seconds=0.1, update_seconds=0.1, bit_identical=True
+        )
 
-    def pipeline(self, at, ahead, bits=0) -> PipelinePlan:
+    def pipeline(self, at, ahead, bits=0) -> FleetPlan:
         """A pipeline cut before each of the layers `at`; `ahead` is that of each member. Writes the members' plans."""
         where = {cut.at: cut for cut in cuts(self.profile)}
         edges = [None, *(where[one] for one in at), None]
@@ -79,23 +76,44 @@ class Workshop:
         def passed(names):
             return [Passed(shape=tensors[name].shape, dtype=tensors[name].dtype) for name in names]
 
-        members = []
+        parts = []
         for number, (below, above) in enumerate(itertools.pairwise(edges)):
             profile = stage_profile(self.profile, below, above, micro_batches=self.micro_batches, bits=bits)
-            plan, file = planner_of(profile).plan(BUDGET), f"stage-{number}-of-{'-'.join(map(str, at))}-{bits}.json"
-            save_plan(plan, self.folder / file)
-            first, last = (below.at if below else 0), (above.at if above else len(self.profile.layers))
-            members.append(
-                StageMember(
-                    name=f"m{number}", device="test", measured=True, budget_bytes=BUDGET, link=LINK, plan=file,
-                    first_layer=first, last_layer=last, ahead=ahead[number], layer_names=[profile.layers[0].name],
-                    up=passed(above.up) if above else [], down=passed(below.down) if below else [],
-                    micro_batch_seconds=0.1, forward_seconds=0.1,
+            name = f"stage-{number}-of-{'-'.join(map(str, at))}-{bits}"
+            save_plan(planner_of(profile).plan(BUDGET), self.folder / plan_file(name))
+            parts.append(
+                self._part(
+                    number,
+                    name,
+                    layers=[below.at if below else 0, above.at if above else len(self.profile.layers)],
+                    layer_names=[profile.layers[0].name],
+                    ahead=ahead[number],
+                    up=passed(above.up) if above else [],
+                    down=passed(below.down) if below else [],
+                    forward_seconds=0.1,
                 )
-            )  # fmt: skip
-        return PipelinePlan(
-            fingerprint="x", model="tiny", micro_batches=self.micro_batches, batch=2, bits=bits, members=members,
-            makespan_seconds=1.0, bound_seconds=1.0, gap=0.0, solve_seconds=0.0, bit_identical=not bits,
+            )
+        replica = Replica(parts=parts, micro_batches=self.micro_batches)
+        return self._fleet("pipeline", [replica], bits=bits, bit_identical=not bits)
+
+    def _part(self, number, plan, **fields) -> Part:
+        """What member `number` computes by the plan of that name."""
+        return Part(
+            member=f"m{number}", plan=plan, plan_fingerprint="x", peak_bytes=1, micro_batch_seconds=0.1,
+            bound_seconds=0.1, **fields,
+        )  # fmt: skip
+
+    def _fleet(self, kind, replicas, **fields) -> FleetPlan:
+        """A plan in which every part is a member's."""
+        members = [
+            Member(name=part.member, device="test", measured=True, budget_bytes=BUDGET, link=LINK)
+            for replica in replicas
+            for part in replica.parts
+        ]
+        return FleetPlan(
+            fingerprint="x", kind=kind, model="tiny", batch=2, micro_batches=self.micro_batches,
+            accumulate=self.micro_batches, members=members, replicas=replicas, trained_bytes=self.trained_bytes,
+            makespan_seconds=1.0, bound_seconds=1.0, gap=0.0, solve_seconds=0.0, **fields,
         )  # fmt: skip
 
     def alone(self, out: Path, **options) -> str:
@@ -103,7 +121,7 @@ class Workshop:
         subprocess.run(command(self.folder / "alone.json", out, json.dumps(options)), check=True)
         return adapter_hash(out)
 
-    def start(self, fleet: FleetPlan | PipelinePlan, out: Path, **options) -> dict[str, subprocess.Popen]:
+    def start(self, fleet: FleetPlan, out: Path, **options) -> dict[str, subprocess.Popen]:
         """Start every member; its folder is `out` / name. `options` of one member alone under its name."""
         port = free_port(count=len(fleet.members))
         path = self.folder / f"fleet-{port}.json"
@@ -152,12 +170,10 @@ def main(arguments: list[str]) -> int:
             run(load_plan(Path(arguments[0])), data, out=arguments[1], **options)
         else:
             path, name, port, out = arguments[:4]
-            text = Path(path).read_text()
-            kind = PipelinePlan if json.loads(text)["kind"] == "pipeline" else FleetPlan
-            fleet = kind.model_validate_json(text)
+            fleet = FleetPlan.model_validate_json(Path(path).read_text())
             seat = membership(fleet, name, "127.0.0.1", int(port), Path(path).with_suffix(".key"), TIMEOUT)
-            file = next(member.plan for member in fleet.members if member.name == name)
-            run(load_plan(Path(path).parent / file), data, out=out, member=seat, **options)
+            file = Path(path).parent / plan_file(fleet.part(name).plan)
+            run(load_plan(file), data, out=out, member=seat, **options)
     except TightfitError as error:
         sys.stdout.write(f"{error}\n")
         return error.exit_code

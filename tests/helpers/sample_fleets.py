@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from sample_plans import sample_plan
 
-from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member, Part, Replica
 from tightfit.runtime.common.units import MIB
 
 LINK = Link(up_bytes_per_second=12.5e6, down_bytes_per_second=12.5e6, latency_seconds=0.002)
 
 
-def sample_member(name, first, count, seconds, **changes):
-    """A member that computes `count` micro-batches from number `first` on, or takes no part."""
-    values = {
-        "name": name,
-        "device": f"{name}'s chip",
-        "measured": True,
-        "budget_bytes": 320 * MIB,
-        "link": LINK,
-        "plan": f"{name}.plan.json" if count else None,
-        "plan_fingerprint": name[0] * 64 if count else None,
-        "first": first,
-        "micro_batches": count,
-        "micro_batch_seconds": seconds,
-        "bound_seconds": seconds,
-        "peak_bytes": 310 * MIB if count else None,
-        "exchange_bytes": 2 * MIB if count else 0,
-        "update_seconds": 0.25 if count else 0.0,
-        "gradients": "memory",
-        "states": "disk",
-    }
+def sample_member(name, **changes):
+    """A device of the sample."""
+    values = {"name": name, "device": f"{name}'s chip", "measured": True, "budget_bytes": 320 * MIB, "link": LINK}
     return Member(**values | changes)
+
+
+def sample_replica(name, first, count, seconds, *, peak_bytes=310 * MIB, **changes):
+    """A member that computes `count` micro-batches from number `first` on."""
+    part = Part(
+        member=name,
+        plan=name,
+        plan_fingerprint=name[0] * 64,
+        micro_batch_seconds=seconds,
+        bound_seconds=seconds,
+        peak_bytes=peak_bytes,
+        exchange_bytes=2 * MIB,
+    )
+    values = {"update_seconds": 0.25, "gradients": "memory", "states": "disk"}
+    return Replica(parts=[part], first=first, micro_batches=count, **values | changes)
 
 
 def sample_fleet(**changes):
@@ -40,13 +38,19 @@ def sample_fleet(**changes):
     values = {
         "fingerprint": "f" * 64,
         "model": "Tiny <model>",
+        "kind": "data parallel",
         "micro_batches": 8,
+        "accumulate": 8,
         "batch": 2,
         "trained_bytes": MIB,
         "members": [
-            sample_member("laptop", 0, 5, 1.0),
-            sample_member("phone", 5, 3, 1.5, budget_bytes=250 * MIB, peak_bytes=249 * MIB, gradients="disk"),
-            sample_member("watch", 0, 0, None, budget_bytes=64 * MIB, reason="nothing fits within 64.0 MiB"),
+            sample_member("laptop"),
+            sample_member("phone", budget_bytes=250 * MIB),
+            sample_member("watch", budget_bytes=64 * MIB, reason="nothing fits within 64.0 MiB"),
+        ],
+        "replicas": [
+            sample_replica("laptop", 0, 5, 1.0),
+            sample_replica("phone", 5, 3, 1.5, peak_bytes=249 * MIB, gradients="disk"),
         ],
         "makespan_seconds": 7.25,
         "bound_seconds": 7.0,
@@ -60,10 +64,10 @@ def sample_fleet(**changes):
             Baseline(
                 name="equal shares",
                 makespan_seconds=None,
-                micro_batches={"laptop": 3, "phone": 3, "watch": 2},
+                shares={"laptop": 3, "phone": 3, "watch": 2},
                 reason="watch cannot hold its share in 64.0 MiB",
             ),
-            Baseline(name="fastest alone", makespan_seconds=8.265, micro_batches={"laptop": 8, "phone": 0, "watch": 0}),
+            Baseline(name="fastest alone", makespan_seconds=8.265, shares={"laptop": 8, "phone": 0, "watch": 0}),
         ],
     }
     return FleetPlan(**values | changes)
@@ -71,4 +75,5 @@ def sample_fleet(**changes):
 
 def member_plans(fleet=None):
     """A plan for each member of the sample's chain, by name."""
-    return {member.name: sample_plan(budget=member.budget_bytes) for member in (fleet or sample_fleet()).chain}
+    fleet = fleet or sample_fleet()
+    return {name: sample_plan(budget=fleet.member(name).budget_bytes) for name in fleet.names}

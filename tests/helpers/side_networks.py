@@ -74,13 +74,13 @@ def as_process(folder: Path, name: str, port: int, out: Path, options: dict) -> 
 
     code = (
         "import json, sys\nfrom pathlib import Path\n"
-        "from tightfit.planner.fleet.io import load_any, load_member_plan\n"
+        "from tightfit.planner.fleet.io import load_fleet, load_member_plan\n"
         "from tightfit.runtime.session.fleet import membership\nfrom tightfit.runtime.session.launch import run\n"
         "folder, name, port, out, options = sys.argv[1:]\nfolder = Path(folder)\n"
-        "fleet = load_any(folder)\n"
+        "fleet = load_fleet(folder)\n"
         "member = membership(fleet, name, '127.0.0.1', int(port), folder / 'fleet.key', 60.0)\n"
         "options = {'data': 'random'} | json.loads(options)\n"
-        "if name != fleet.chain[0].name:\n    options['data'] = '/does/not/exist'\n"
+        "if name != fleet.names[0]:\n    options['data'] = '/does/not/exist'\n"
         "report = run(load_member_plan(folder, fleet, name), out=out, member=member, **options)\n"
         "print(json.dumps(report))\n"
     )

@@ -21,7 +21,7 @@ pytestmark = needs_flower
 def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     planned, plans = tiny_fleet(folder, steps=5, ranks=(4, 4), speeds=(1e-3, 1.4e-3), start_seconds=1.0)
-    assert [member.steps for member in planned.members] == [3, 2]
+    assert [replica.micro_batches for replica in planned.replicas] == [3, 2]
     return folder / "fleet", planned, plans
 
 
@@ -89,7 +89,7 @@ def test_two_devices_train_two_rounds(fleet, start, expected, tmp_path):
             assert one["steps"] == steps
             assert 60 << 20 < one["peak_bytes"] < 400 << 20
             # What is set aside for Flower is what it takes.
-            assert one["flower_bytes"] <= fleet[1].members[0].flower_bytes
+            assert one["flower_bytes"] <= fleet[1].members[0].aside_bytes
     again = start("server", "run", fleet[0], *options)
     assert again.process.wait(60) == 2
     assert "holds an earlier run; continue it with --resume" in again.said()

@@ -45,7 +45,7 @@ def run_fleet(folder, profile, *, bits, **options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    names = [member.name for member in fleet.chain]
+    names = fleet.names
     running = [
         subprocess.Popen(
             as_process(folder, name, port, folder / name, OPTIONS | options | ({} if name == "device" else NO_DATA)),

@@ -10,7 +10,7 @@ import pytest
 from federated_fleets import needs_flower, tiny_split_fleet
 from federating import LIMIT, RATE, adapter, adapter_of_rounds, ended, processes, until
 
-from tightfit.planner.fleet.io import load_member_plan, load_server_plan
+from tightfit.planner.fleet.io import load_part_plan, plan_file
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.schema import adamw
@@ -26,8 +26,13 @@ from tightfit.runtime.session.fleet import free_port
 def fleet(tmp_path_factory):
     """Two devices that hold different numbers of layers."""
     folder = tmp_path_factory.mktemp("split")
-    planned, _, _, profile = tiny_split_fleet(folder, start_seconds=1.0)
-    assert {member.name: (member.layers, member.steps) for member in planned.members} == {"a": (3, 2), "b": (2, 2)}
+    planned, _, profile = tiny_split_fleet(folder, start_seconds=1.0)
+    assert [member.name for member in planned.members] == [*planned.names, "server"]
+    devices = {replica.parts[0].member: replica for replica in planned.replicas}
+    assert {name: (one.parts[0].layers, one.micro_batches) for name, one in devices.items()} == {
+        "a": ([0, 3], 2),
+        "b": ([0, 2], 2),
+    }
     return folder / "fleet", planned, profile
 
 
@@ -49,8 +54,8 @@ def expected(fleet, data, tmp_path_factory):
     work = tmp_path_factory.mktemp("expected")
     plan = planner_of(profile.model_copy(update={"optimizer": adamw(1)})).plan(400 << 20)
     save_plan(plan, work / "whole.json")
-    devices = {member.name: (work / "whole.json", data / f"{member.name}.records") for member in planned.taking}
-    return adapter_of_rounds(plan, devices, {member.name: member.steps for member in planned.members}, work)
+    devices = {name: (work / "whole.json", data / f"{name}.records") for name in planned.names}
+    return adapter_of_rounds(plan, devices, {name: planned.replica(name).micro_batches for name in planned.names}, work)
 
 
 class Threads:
@@ -76,28 +81,27 @@ class Threads:
 
 def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected, tmp_path):
     folder, planned, _ = fleet
-    plans, above = (
-        {member.name: load(folder, planned, member.name) for member in planned.taking}
-        for load in (load_member_plan, load_server_plan)
-    )
+    plans = {part.plan: load_part_plan(folder, part) for part in planned.parts}
+    assert set(plans) == {"a", "b", "server/a", "server/b"}
     devices = []
-    for name, plan in plans.items():
+    for name in planned.names:
         work = str(tmp_path / f"work-{name}")
-        path = str(folder / f"{name}.plan.json")
+        path = str(folder / plan_file(name))
         device = DeviceSettings(
             member=name, plan=path, rank=4, data=str(data / f"{name}.records"), work=work, cgroup=False
         )
-        devices.append(prepared_device(device, plan, str(folder), "127.0.0.1"))
+        devices.append(prepared_device(device, plans[name], str(folder), "127.0.0.1"))
     options = RoundOptions(
         rounds=2, fleet=str(folder), out=str(tmp_path / "out"), least=2, lr=RATE, port=0, cgroup=False, timeout=LIMIT
     )
-    saved = Rounds(planned, plans, options, Threads(devices), above).run()
+    saved = Rounds(planned, plans, options, Threads(devices)).run()
     assert saved.adapter == expected
     assert saved.record["left_out"] == {}
-    for member in planned.taking:
-        one = saved.record["members"][member.name]
-        assert one["peak_bytes"] <= member.peak_bytes - member.flower_bytes
-        assert one["server_peak_bytes"] <= member.server_peak_bytes
+    for replica in planned.replicas:
+        lower, upper = replica.parts
+        one = saved.record["members"][lower.member]
+        assert one["peak_bytes"] <= lower.peak_bytes - planned.member(lower.member).aside_bytes
+        assert one["server_peak_bytes"] <= upper.peak_bytes
 
 
 @pytest.fixture
@@ -122,8 +126,8 @@ def test_the_adapter_is_that_of_devices_that_hold_all_layers(fleet, data, expect
         assert line["round"] == number
         assert line["left_out"] == {}
         assert line["tokens"] == 4 * 2 * 24
-        for member in fleet[1].taking:
-            one = line["members"][member.name]
+        for name in fleet[1].names:
+            one = line["members"][name]
             assert one["steps"] == 2
             assert 60 << 20 < one["peak_bytes"] < 400 << 20
             assert 60 << 20 < one["server_peak_bytes"] < 400 << 20

@@ -7,16 +7,16 @@ import math
 import random
 
 import pytest
-from broken_plans import member_changed
+from fleet_views import computing, mutated, of, turned
 from synthetic import MIB
 
 from tightfit.planner.fleet.fleet_planner import MemberSpec
-from tightfit.planner.fleet.io import load_any, load_member_plan, load_rounds, save_fleet, sealed_fleet
+from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet, sealed_fleet
 from tightfit.planner.fleet.programs import Pace, makespan_of, shared_out
 from tightfit.planner.fleet.rounds import plan_federated
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
-from tightfit.planner.report.rounds_text import rounds_sentences
+from tightfit.planner.report.fleet_text import fleet_sentences
 from tightfit.planner.solvers.lp import Linear, LinearProgram
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 
@@ -94,32 +94,34 @@ def test_devices_that_cannot_hold_a_step_get_none():
 
 def test_an_adapter_comes_and_goes(planned):
     fleet, _ = planned
-    for member in fleet.taking:
+    for member in computing(fleet):
         link = member.link
-        comes, goes = fleet.adapter_bytes / link.down_bytes_per_second, member.adapter_bytes / link.up_bytes_per_second
-        taken = comes + goes + 2 * link.latency_seconds + member.start_seconds + member.steps * member.step_seconds
-        assert member.round_seconds == pytest.approx(taken)
+        comes, goes = fleet.trained_bytes / link.down_bytes_per_second, member.adapter_bytes / link.up_bytes_per_second
+        taken = (
+            comes + goes + 2 * link.latency_seconds + member.start_seconds + member.micro_batches * member.step_seconds
+        )
+        assert member.turn.answered_seconds == pytest.approx(taken)
 
 
 def test_a_round_ends_for_all_at_about_the_same_time(planned):
     fleet, plans = planned
-    assert sum(member.steps for member in fleet.members) == 40
-    assert simulate_fleet(fleet, plans).makespan_seconds == fleet.makespan_seconds
-    slowest = max(member.step_seconds for member in fleet.taking)
-    assert all(member.round_seconds > fleet.makespan_seconds - slowest for member in fleet.taking)
+    assert sum(replica.micro_batches for replica in fleet.replicas) == 40
+    assert simulate_fleet(fleet, plans).makespan_seconds == pytest.approx(fleet.makespan_seconds, rel=1e-9)
+    slowest = max(replica.step_seconds for replica in fleet.replicas)
+    assert all(one.turn.answered_seconds > fleet.makespan_seconds - slowest for one in fleet.replicas)
     assert fleet.bound_seconds <= fleet.makespan_seconds
     assert fleet.gap <= 0.02
     equal, alone = fleet.baselines
     assert (equal.name, alone.name) == ("equal steps", "fastest alone")
     assert equal.makespan_seconds > 2 * fleet.makespan_seconds
-    assert equal.steps == dict.fromkeys("abcd", 10)
-    assert alone.steps == {"a": 40, "b": 0, "c": 0, "d": 0}
+    assert equal.shares == dict.fromkeys("abcd", 10)
+    assert alone.shares == {"a": 40, "b": 0, "c": 0, "d": 0}
     assert alone.makespan_seconds > fleet.makespan_seconds
 
 
 def test_budgets_count_flower(planned, devices):
     fleet, plans = planned
-    for spec, member in zip(devices, fleet.members):
+    for spec, member in zip(devices, computing(fleet)):
         assert plans[member.name].budget_bytes == spec.budget_bytes - FLOWER
         assert member.peak_bytes == plans[member.name].peak_bytes + FLOWER <= spec.budget_bytes
 
@@ -135,7 +137,7 @@ def test_devices_without_room_or_use_take_no_part(devices):
     assert "12.0 MiB for Flower" in reasons["small"]
     assert reasons["far"] == "a round would only wait for it"
     assert fleet.baselines[0].reason == "small cannot hold a step"
-    sentences = rounds_sentences(fleet)
+    sentences = fleet_sentences(fleet)
     assert any(sentence.startswith("far takes no part: ") for sentence in sentences)
     assert any("there would be no round" in sentence for sentence in sentences)
 
@@ -224,14 +226,14 @@ def test_settings_of_the_adapters_have_to_be_alike(devices):
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     fleet, plans = planned
     save_fleet(fleet, plans, tmp_path)
-    assert load_rounds(tmp_path) == fleet
-    for member in fleet.taking:
-        assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
+    assert load_fleet(tmp_path) == fleet
+    for name in fleet.names:
+        assert load_member_plan(tmp_path, fleet, name) == plans[name]
     with pytest.raises(
         InputError,
-        match=r"of another kind \(federated, not data parallel or .*\); `tightfit fleet federate run` runs it",
+        match=r"of another kind \(federated\); `tightfit fleet federate run` runs it",
     ):
-        load_any(tmp_path)
+        load_fleet(tmp_path, in_rounds=False)
 
 
 @pytest.mark.parametrize(
@@ -239,26 +241,26 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     [
         (lambda fleet: {"makespan_seconds": 0.9 * fleet.makespan_seconds}, "makespan"),
         (lambda fleet: {"bound_seconds": 1.1 * fleet.makespan_seconds}, "bound"),
-        (lambda fleet: {"steps": 41}, "steps"),
-        (lambda fleet: {"accumulate": 7}, "steps"),
+        (lambda fleet: {"micro_batches": 41}, "micro-batches"),
+        (lambda fleet: {"accumulate": 7}, "micro-batches"),
         (lambda fleet: {"model": "another"}, "model"),
         (lambda fleet: {"rank": 2}, "model"),
-        (lambda fleet: {"adapter_bytes": fleet.adapter_bytes + 4}, "seconds"),
-        (member_changed(1, name="a"), "names"),
-        (member_changed(0, round_seconds=0.5), "seconds"),
-        (member_changed(0, step_seconds=0.001), "seconds"),
-        (member_changed(0, bound_seconds=1e6), "bound"),
-        (member_changed(0, peak_bytes=1), "peak"),
-        (member_changed(0, flower_bytes=0), "peak"),
-        (member_changed(0, budget_bytes=MIB), "budget"),
-        (member_changed(0, plan_fingerprint="0" * 64), "plan"),
-        (member_changed(0, adapter_bytes=4), "model"),
-        (member_changed(0, link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1.0)), "link"),
-        (member_changed(0, start_seconds=0.0), "seconds"),
+        (lambda fleet: {"trained_bytes": fleet.trained_bytes + 4}, "seconds"),
+        (of("b", name="a"), "names"),
+        (turned(0, service_seconds=0.5), "seconds"),
+        (of("a", step_seconds=0.001), "seconds"),
+        (of("a", bound_seconds=1e6), "bound"),
+        (of("a", peak_bytes=1), "peak"),
+        (of("a", aside_bytes=0), "peak"),
+        (of("a", budget_bytes=MIB), "budget"),
+        (of("a", plan_fingerprint="0" * 64), "plan"),
+        (of("a", adapter_bytes=4), "model"),
+        (of("a", link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1.0)), "link"),
+        (of("a", start_seconds=0.0), "seconds"),
     ],
 )
 def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):
     fleet, plans = planned
     with pytest.raises(InvalidFleet) as told:
-        simulate_fleet(sealed_fleet(fleet.model_copy(update=change(fleet))), plans)
+        simulate_fleet(sealed_fleet(mutated(fleet, change)), plans)
     assert told.value.invariant == invariant

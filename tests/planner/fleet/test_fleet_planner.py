@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from fleet_views import computing, everyone
 from synthetic import MIB, device, small_chain
 
 from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet
@@ -17,7 +18,7 @@ from tightfit.runtime.common.errors import InfeasibleError, InputError
 
 
 def shares(fleet):
-    return {member.name: member.micro_batches for member in fleet.members}
+    return {member.name: member.micro_batches for member in everyone(fleet)}
 
 
 def baseline(fleet, name):
@@ -36,7 +37,7 @@ def test_four_devices_against_equal_shares(four):
     assert set(plans) == set("abcd")
     assert shares(fleet) == {"a": 20, "b": 10, "c": 5, "d": 2}  # by speed, 37 in all
     equal = baseline(fleet, "equal shares")
-    assert equal.micro_batches == {"a": 10, "b": 9, "c": 9, "d": 9}
+    assert equal.shares == {"a": 10, "b": 9, "c": 9, "d": 9}
     assert equal.makespan_seconds >= 3.5 * fleet.makespan_seconds
     assert 0 <= fleet.gap < 0.02
     assert fleet.gap == pytest.approx(1 - fleet.bound_seconds / fleet.makespan_seconds)
@@ -46,16 +47,15 @@ def test_four_devices_against_equal_shares(four):
 def test_figures_of_its_members(four, members):
     fleet, plans, _ = four
     specs = {spec.name: spec for spec in members((1.0, 0.5, 0.25, 0.1))}
-    assert [member.first for member in fleet.chain] == [
-        sum(one.micro_batches for one in fleet.chain[:at]) for at in range(4)
-    ]
-    for member in fleet.chain:
+    rows = computing(fleet)
+    assert [row.first for row in rows] == [sum(one.micro_batches for one in rows[:at]) for at in range(4)]
+    for member in rows:
         plan, spec = plans[member.name], specs[member.name]
         assert plan.optimizer == {"name": EXCHANGE, "state_tensors": 0, "accumulate": 37}
         assert member.peak_bytes == plan.peak_bytes <= member.budget_bytes == spec.budget_bytes == plan.budget_bytes
         held = spec.profile.device.floor.held_bytes
         assert plan.floor_bytes == held + member.exchange_bytes
-        assert member.plan == f"{member.name}.plan.json"
+        assert member.plan == member.name
         assert member.bound_seconds <= member.micro_batch_seconds
         assert member.update_seconds == pytest.approx(4e-4 / {"a": 1, "b": 0.5, "c": 0.25, "d": 0.1}[member.name])
 
@@ -63,7 +63,7 @@ def test_figures_of_its_members(four, members):
 def test_the_fastest_alone(four, members):
     fleet, _, _ = four
     alone = baseline(fleet, "fastest alone")
-    assert alone.micro_batches == {"a": 37, "b": 0, "c": 0, "d": 0}
+    assert alone.shares == {"a": 37, "b": 0, "c": 0, "d": 0}
     fastest = members((1.0,))[0]
     profile = fastest.profile.model_copy(update={"optimizer": adamw(37)})
     assert alone.makespan_seconds == pytest.approx(
@@ -101,7 +101,7 @@ def test_a_member_that_holds_no_micro_batch_takes_no_part(members):
     assert shares(fleet) == {"a": 3, "c": 3, "b": 0}
     assert set(plans) == {"a", "c"}
     idle = fleet.members[-1]
-    assert (idle.name, idle.plan, idle.plan_fingerprint) == ("b", None, None)
+    assert (idle.name, fleet.idle) == ("b", [idle])
     assert idle.reason.startswith("it cannot hold a micro-batch: it needs ")
     assert "and may take 18.0 MiB" in idle.reason
     equal = baseline(fleet, "equal shares")
@@ -131,7 +131,7 @@ def test_where_no_link_pays_one_device_does_everything(members):
     assert shares(fleet) == {"a": 3, "b": 0}
     assert plans["a"].optimizer == adamw(3)
     assert fleet.makespan_seconds == pytest.approx(3 * plans["a"].step_seconds)
-    assert (fleet.exchange_seconds, fleet.chain[0].exchange_bytes) == (0.0, 0)
+    assert (fleet.exchange_seconds, fleet.parts[0].exchange_bytes) == (0.0, 0)
     assert fleet.gap < 0.02
     simulate_fleet(fleet, plans)
 
@@ -141,7 +141,7 @@ def test_a_single_device(members):
     fleet, plans = plan_fleet([a], 5)
     assert shares(fleet) == {"a": 5}
     assert plans["a"].optimizer == adamw(5)
-    assert fleet.makespan_seconds == pytest.approx(5 * fleet.chain[0].micro_batch_seconds)
+    assert fleet.makespan_seconds == pytest.approx(5 * fleet.parts[0].micro_batch_seconds)
     assert [one.makespan_seconds for one in fleet.baselines] == pytest.approx([fleet.makespan_seconds] * 2)
     simulate_fleet(fleet, plans)
 
@@ -150,7 +150,7 @@ def test_a_single_micro_batch(members):
     fleet, plans = plan_fleet(members((0.5, 1.0)), 1)
     assert shares(fleet) == {"b": 1, "a": 0}
     assert plans["b"].optimizer == adamw(1)
-    assert baseline(fleet, "equal shares").micro_batches == {"a": 1, "b": 0}
+    assert baseline(fleet, "equal shares").shares == {"a": 1, "b": 0}
     assert baseline(fleet, "equal shares").makespan_seconds == pytest.approx(2 * fleet.makespan_seconds, rel=0.05)
 
 
@@ -186,7 +186,7 @@ def interrupted(monkeypatch, specs, after, **options):
 
 def test_ctrl_c_ends_the_search_with_the_best_chain_so_far(members, planned, monkeypatch):
     fleet, plans = interrupted(monkeypatch, members((1.0, 0.5, 0.4)), 3)
-    assert len(fleet.chain) == 3
+    assert len(fleet.names) == 3
     assert planned[0].makespan_seconds <= fleet.makespan_seconds < 1.1 * planned[0].makespan_seconds
     assert 0 < fleet.bound_seconds <= planned[0].makespan_seconds
     assert baseline(fleet, "fastest alone").reason == "it was not planned before the search was ended"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tightfit.planner.fleet.io import key_path, load_any, load_member_plan, save_fleet
+from tightfit.planner.fleet.io import key_path, load_fleet, load_member_plan, save_fleet
 from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.io import load_plan
@@ -33,7 +33,7 @@ def test_there_and_back(planned, tmp_path):
         *(f"{name}.plan.json" for name in plans),
     }
     for place in (path, path.parent, str(path.parent)):
-        found = load_any(place)
+        found = load_fleet(place)
         assert found == fleet
         assert {name: load_member_plan(place, found, name) for name in plans} == plans
     simulate_fleet(found, plans)
@@ -41,12 +41,12 @@ def test_there_and_back(planned, tmp_path):
 
 def test_a_member_needs_its_own_files_only(planned, folder):
     fleet, plans = planned
-    mine = fleet.chain[0].name
+    mine = fleet.names[0]
     for name in plans:
         if name != mine:
             (folder / f"{name}.plan.json").unlink()
-    assert load_member_plan(folder, load_any(folder), mine) == plans[mine]
-    missing = fleet.chain[1].name
+    assert load_member_plan(folder, load_fleet(folder), mine) == plans[mine]
+    missing = fleet.names[1]
     with pytest.raises(InputError, match=f"the plan of member '{missing}' is not beside the fleet's"):
         load_member_plan(folder, fleet, missing)
 
@@ -55,7 +55,7 @@ def test_the_key_lies_beside_the_plan_for_its_owner_alone(planned, tmp_path):
     keys = [key_path(save_fleet(*planned, tmp_path / name)) for name in ("one", "other", "one")]
     assert [path.stat().st_mode & 0o777 for path in keys] == [0o600] * 3
     names = [member.name for member in planned[0].members]
-    assert len({read_keys(str(path), [*names, "server"], 0).secret for path in keys[:2]}) == 2
+    assert len({read_keys(str(path), names, 0).secret for path in keys[:2]}) == 2
     keys[1].unlink()
     with pytest.raises(
         InputError, match=r"fleet\.key: the key .* is not beside the fleet's plan; copy the whole folder"
@@ -89,7 +89,7 @@ def refused(folder, edit):
     path = folder / "fleet.json"
     path.write_bytes(edit(path.read_bytes()))
     with pytest.raises(InputError) as caught:
-        load_any(folder)
+        load_fleet(folder)
     assert str(path) in str(caught.value)
     assert "make it again" in str(caught.value)
     return str(caught.value)
@@ -107,7 +107,7 @@ def rewritten(change):
 def test_a_missing_file(tmp_path):
     for place in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(InputError, match="no such plan of a fleet"):
-            load_any(place)
+            load_fleet(place)
 
 
 def test_cut_off(folder):
@@ -139,14 +139,17 @@ def test_a_field_that_is_no_such_value(folder):
 @pytest.mark.parametrize("field", ["budget_bytes", "first", "exchange_bytes"])
 def test_a_changed_member(folder, field):
     def change(content):
-        content["members"][-1][field] += 1
+        replica = content["replicas"][-1]
+        for record in (content["members"][-1], replica, replica["parts"][0]):
+            if field in record:
+                record[field] += 1
 
     assert "does not match its fingerprint" in refused(folder, rewritten(change))
 
 
 def test_a_changed_plan_of_a_member(planned, folder):
     fleet, _ = planned
-    one, other = fleet.chain[0].name, fleet.chain[1].name
+    one, other = fleet.names[0], fleet.names[1]
     path = folder / f"{one}.plan.json"
     original = path.read_bytes()
     path.write_bytes((folder / f"{other}.plan.json").read_bytes())
@@ -163,9 +166,7 @@ def test_members_that_have_no_plan(planned, folder):
         InputError, match=f"member 'nobody': the fleet has none of that name; it has {fleet.members[0].name}, "
     ):
         load_member_plan(folder, fleet, "nobody")
-    idle = fleet.members[0].model_copy(
-        update={"name": "idle", "micro_batches": 0, "plan": None, "reason": "it has a holiday"}
-    )
+    idle = fleet.members[0].model_copy(update={"name": "idle", "reason": "it has a holiday"})
     with pytest.raises(InputError, match=r"member 'idle' takes no part in a step \(it has a holiday\); these do: "):
         load_member_plan(folder, fleet.model_copy(update={"members": [*fleet.members, idle]}), "idle")
 

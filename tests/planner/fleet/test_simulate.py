@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fleet_views import changed, computing
 
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.plan_result import sealed
@@ -20,12 +21,6 @@ def rejected(fleet, plans, invariant, member=None):
         assert caught.value.member == member
 
 
-def changed(fleet, member, **changes):
-    """The fleet with fields of one member replaced."""
-    members = [one.model_copy(update=changes) if one.name == member else one for one in fleet.members]
-    return fleet.model_copy(update={"members": members})
-
-
 def with_plan(fleet, plans, name, **changes):
     """The same with another plan of a member, whose fingerprint the fleet knows."""
     plan = sealed(plans[name].model_copy(update=changes))
@@ -34,12 +29,12 @@ def with_plan(fleet, plans, name, **changes):
 
 @pytest.fixture
 def first(planned):
-    return planned[0].chain[0].name
+    return planned[0].names[0]
 
 
 @pytest.fixture
 def last(planned):
-    return planned[0].chain[-1].name
+    return planned[0].names[-1]
 
 
 @pytest.mark.slow
@@ -50,7 +45,7 @@ def test_its_figures_are_the_plan_s(planned):
     assert found.makespan_seconds == pytest.approx(
         found.compute_seconds + found.exchange_seconds + found.update_seconds
     )
-    computed = [member.micro_batches * member.micro_batch_seconds for member in fleet.chain]
+    computed = [member.micro_batches * member.micro_batch_seconds for member in computing(fleet)]
     assert found.compute_seconds == pytest.approx(max(computed))
 
 
@@ -59,30 +54,31 @@ def test_names_are_unique(planned, first, last):
     rejected(changed(fleet, last, name=first), plans, "names", first)
 
 
-def test_those_that_compute_come_first(planned):
+def test_those_that_compute_are_members_and_do_so_once(planned, first, last):
     fleet, plans = planned
-    idle = fleet.members[0].model_copy(
-        update={"name": "idle", "micro_batches": 0, "plan": None, "plan_fingerprint": None}
-    )
-    rejected(fleet.model_copy(update={"members": [idle, *fleet.members]}), plans, "names", "idle")
-    simulate_fleet(fleet.model_copy(update={"members": [*fleet.members, idle]}), plans)
+    idle = fleet.members[0].model_copy(update={"name": "idle"})
+    simulate_fleet(fleet.model_copy(update={"members": [idle, *fleet.members]}), plans)
+    nobody = [member for member in fleet.members if member.name != last]
+    rejected(fleet.model_copy(update={"members": nobody}), plans, "names", last)
+    twice = [*fleet.replicas[:-1], fleet.replicas[0]]
+    rejected(fleet.model_copy(update={"replicas": twice}), plans, "names", first)
 
 
 @pytest.mark.parametrize("by", [-1, 1])
 def test_micro_batches_follow_one_another(planned, last, by):
     fleet, plans = planned
-    rejected(changed(fleet, last, first=fleet.chain[-1].first + by), plans, "micro-batches", last)
+    rejected(changed(fleet, last, first=computing(fleet)[-1].first + by), plans, "micro-batches", last)
 
 
 @pytest.mark.parametrize("by", [-1, 1])
 def test_micro_batches_are_all_computed(planned, last, by):
     fleet, plans = planned
-    rejected(changed(fleet, last, micro_batches=fleet.chain[-1].micro_batches + by), plans, "micro-batches")
+    rejected(changed(fleet, last, micro_batches=computing(fleet)[-1].micro_batches + by), plans, "micro-batches")
 
 
 def test_a_fleet_of_nobody(planned):
     fleet, _ = planned
-    rejected(fleet.model_copy(update={"members": []}), {}, "micro-batches")
+    rejected(fleet.model_copy(update={"members": [], "replicas": []}), {}, "micro-batches")
 
 
 @pytest.mark.parametrize(
@@ -96,22 +92,21 @@ def test_a_fleet_of_nobody(planned):
 )
 def test_links_carry_something(planned, last, broken):
     fleet, plans = planned
-    link = fleet.chain[-1].link.model_copy(update=broken)
+    link = computing(fleet)[-1].link.model_copy(update=broken)
     rejected(changed(fleet, last, link=link), plans, "link", last)
 
 
 def test_every_member_that_computes_has_its_plan(planned, first, last):
     fleet, plans = planned
     rejected(fleet, {name: plan for name, plan in plans.items() if name != last}, "plan", last)
-    rejected(changed(fleet, last, plan=None), plans, "plan", last)
+    rejected(changed(fleet, last, plan="nobody"), plans, "plan", last)
     rejected(changed(fleet, last, plan_fingerprint="0" * 64), plans, "plan", last)
     rejected(fleet, {**plans, last: plans[first]}, "plan", last)
 
 
-def test_a_member_that_computes_nothing_has_no_plan(planned):
+def test_a_member_that_computes_nothing_has_no_plan(planned, first):
     fleet, plans = planned
-    idle = fleet.members[0].model_copy(update={"name": "idle", "micro_batches": 0, "first": 0})
-    rejected(fleet.model_copy(update={"members": [*fleet.members, idle]}), plans, "plan", "idle")
+    rejected(fleet, plans | {"idle": plans[first]}, "plan", "idle")
 
 
 @pytest.mark.parametrize(
@@ -138,13 +133,13 @@ def test_plans_are_of_the_fleet_s_model(planned, first, last):
 @pytest.mark.parametrize("by", [-1, 1])
 def test_the_exchange_has_the_memory_that_it_takes(planned, last, by):
     fleet, plans = planned
-    held = fleet.chain[-1].exchange_bytes
+    held = computing(fleet)[-1].exchange_bytes
     rejected(changed(fleet, last, exchange_bytes=held + by), plans, "exchange", last)
 
 
 def test_shelves_take_memory(planned, last):
     fleet, plans = planned
-    member = fleet.chain[-1]
+    member = computing(fleet)[-1]
     other = {"memory": "disk", "disk": "memory"}
     rejected(changed(fleet, last, states=other[member.states]), plans, "exchange", last)
     rejected(changed(fleet, last, gradients=other[member.gradients]), plans, "exchange", last)
@@ -153,7 +148,7 @@ def test_shelves_take_memory(planned, last):
 def test_a_plan_s_floor_holds_the_exchange(planned, last):
     fleet, plans = planned
     plan = plans[last]
-    floor = plan.device.floor.model_copy(update={"resident_bytes": fleet.chain[-1].exchange_bytes - 1})
+    floor = plan.device.floor.model_copy(update={"resident_bytes": computing(fleet)[-1].exchange_bytes - 1})
     device = plan.device.model_copy(update={"floor": floor})
     rejected(*with_plan(fleet, plans, last, device=device, floor_bytes=floor.held_bytes), "exchange", last)
     rejected(*with_plan(fleet, plans, last, floor_bytes=plan.floor_bytes - 1), "exchange", last)
@@ -184,9 +179,8 @@ def test_peaks_are_those_of_the_plans(planned, last, by):
 @pytest.mark.parametrize("times", [0.99, 1.01])
 def test_seconds_are_those_of_the_plans(planned, last, times):
     fleet, plans = planned
-    seconds = fleet.chain[-1].micro_batch_seconds
+    seconds = computing(fleet)[-1].micro_batch_seconds
     rejected(changed(fleet, last, micro_batch_seconds=times * seconds), plans, "seconds", last)
-    rejected(changed(fleet, last, micro_batch_seconds=None), plans, "seconds", last)
     rejected(*with_plan(fleet, plans, last, step_seconds=times * plans[last].step_seconds), "seconds", last)
 
 
@@ -201,9 +195,8 @@ def test_no_bound_is_above_what_it_bounds(planned, last):
     fleet, plans = planned
     rejected(fleet.model_copy(update={"bound_seconds": 1.0001 * fleet.makespan_seconds}), plans, "bound")
     rejected(fleet.model_copy(update={"bound_seconds": -1.0}), plans, "bound")
-    seconds = fleet.chain[-1].micro_batch_seconds
+    seconds = computing(fleet)[-1].micro_batch_seconds
     rejected(changed(fleet, last, bound_seconds=1.0001 * seconds), plans, "bound", last)
-    rejected(changed(fleet, last, bound_seconds=None), plans, "bound", last)
 
 
 def test_a_broken_schedule_of_a_member_is_found(planned, last):
@@ -217,6 +210,6 @@ def test_a_broken_schedule_of_a_member_is_found(planned, last):
 def test_another_order_takes_another_time(planned):
     """Members that change places: their runs of micro-batches, slots and memory change along, or it does not hold."""
     fleet, plans = planned
-    one, other, *rest = fleet.members
-    swapped = fleet.model_copy(update={"members": [other, one, *rest]})
-    rejected(swapped, plans, "micro-batches", other.name)
+    one, other, *rest = fleet.replicas
+    swapped = fleet.model_copy(update={"replicas": [other, one, *rest]})
+    rejected(swapped, plans, "micro-batches", other.parts[0].member)

@@ -4,22 +4,22 @@ import itertools
 import math
 
 import pytest
-from broken_plans import member_changed
+from fleet_views import computing, everyone, mutated, of, turned
 from synthetic import MIB
 
 from tightfit.planner.fleet.description import read_description
 from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import (
+    load_fleet,
     load_member_plan,
-    load_rounds,
-    load_server_plan,
+    load_part_plan,
     save_fleet,
     sealed_fleet,
 )
 from tightfit.planner.fleet.rounds import plan_split
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
-from tightfit.planner.report.rounds_text import rounds_sentences
+from tightfit.planner.report.fleet_text import fleet_sentences
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.common.errors import InfeasibleError, InputError
@@ -53,68 +53,68 @@ def planned(spec, server):
 
 @pytest.mark.slow
 def test_a_round_is_what_the_judge_finds(planned):
-    fleet, plans, server_plans = planned
-    assert simulate_fleet(fleet, plans, server_plans).makespan_seconds == pytest.approx(
-        fleet.makespan_seconds, rel=1e-12
-    )
+    fleet, plans = planned
+    assert simulate_fleet(fleet, plans).makespan_seconds == pytest.approx(fleet.makespan_seconds, rel=1e-12)
     assert fleet.bound_seconds <= fleet.makespan_seconds
     assert fleet.gap < 0.05
     assert fleet.order_gap < 1e-5
-    assert [member.steps for member in fleet.members] == [2, 2, 2]
+    assert [replica.micro_batches for replica in fleet.replicas] == [2, 2, 2]
     assert fleet.bit_identical
 
 
 def test_each_device_has_layers_of_its_own(planned):
-    fleet, plans, server_plans = planned
-    layers = {member.name: member.layers for member in fleet.members}
+    fleet, plans = planned
+    layers = layers_of(fleet)
     # One that is faster than the server holds all it can, a slower one as few as it can.
     assert layers["slow"] == 1
     assert layers["fast"] == 3
-    for member in fleet.members:
-        assert [layer.name for layer in plans[member.name].layers] == [*(f"l{n}" for n in range(member.layers)), "sent"]
-        assert [layer.name for layer in server_plans[member.name].layers] == [
+    for member in computing(fleet):
+        count = layers[member.name]
+        assert [layer.name for layer in plans[member.name].layers] == [*(f"l{n}" for n in range(count)), "sent"]
+        assert [layer.name for layer in plans[f"server/{member.name}"].layers] == [
             "received",
-            *(f"l{n}" for n in range(member.layers, 4)),
+            *(f"l{n}" for n in range(count, 4)),
         ]
-        assert member.layer_names == [f"l{member.layers - 1}", f"l{member.layers}"]
-        assert member.adapter_bytes == member.layers * 2 * MIB
+        below, above = fleet.replica(member.name).parts
+        assert (below.layer_names, above.layer_names) == (["l0", f"l{count - 1}"], [f"l{count}", "l3"])
+        assert member.adapter_bytes == count * 2 * MIB
         assert member.peak_bytes == plans[member.name].peak_bytes + FLOWER <= member.budget_bytes
 
 
 def test_one_device_at_a_time_is_served(planned):
-    members = planned[0].members
-    for before, after in itertools.pairwise(members):
+    turns = [replica.turn for replica in planned[0].replicas]
+    for before, after in itertools.pairwise(turns):
         assert after.begin_seconds >= before.begin_seconds + before.service_seconds
         assert after.begin_seconds >= after.head_seconds
 
 
 def test_less_memory_means_fewer_layers(spec, server):
-    fleet, _, _ = plan_split(server, [spec("small", 4.0, 16 * MIB), spec("large", 4.0, 20 * MIB)], 80, **OPTIONS)
-    layers = {member.name: member.layers for member in fleet.members}
+    fleet, _ = plan_split(server, [spec("small", 4.0, 16 * MIB), spec("large", 4.0, 20 * MIB)], 80, **OPTIONS)
+    layers = layers_of(fleet)
     assert 0 < layers["small"] < layers["large"] == 3
 
 
 def test_it_is_compared_with_other_ways(planned):
-    fleet, _, _ = planned
+    fleet, _ = planned
     described, one_cut, whole, *_ = fleet.baselines
     assert described.name == "order as described"
-    assert list(described.layers) == ["slow", "far", "fast"]
+    assert list(described.shares) == ["slow", "far", "fast"]
     assert described.makespan_seconds >= fleet.makespan_seconds
     assert one_cut.name == "one cut for all"
-    assert len(set(one_cut.layers.values())) == 1
+    assert len(set(one_cut.shares.values())) == 1
     assert one_cut.makespan_seconds >= fleet.makespan_seconds
-    assert whole.layers == dict.fromkeys(("slow", "far", "fast"), 4)
-    sentences = rounds_sentences(fleet)
+    assert whole.shares == dict.fromkeys(("slow", "far", "fast"), 4)
+    sentences = fleet_sentences(fleet)
     assert any(sentence.startswith("With order as described it would take ") for sentence in sentences)
     assert any(sentence.startswith("Devices send the labels of their data") for sentence in sentences)
 
 
 def test_a_split_that_makes_rounds_longer_says_so(spec, server):
-    fleet, _, _ = plan_split(server, [spec(name, 4.0, 60 * MIB) for name in "abc"], 6, **OPTIONS)
+    fleet, _ = plan_split(server, [spec(name, 4.0, 60 * MIB) for name in "abc"], 6, **OPTIONS)
     whole = next(one for one in fleet.baselines if one.name == "whole models")
     assert whole.makespan_seconds < fleet.makespan_seconds
     shorter, longer = format_seconds(whole.makespan_seconds), format_seconds(fleet.makespan_seconds)
-    said = rounds_sentences(fleet)
+    said = fleet_sentences(fleet)
     assert said[1] == (
         f"Leave out the server: where every device holds all layers a round takes {shorter}, with the split {longer}."
     )
@@ -125,27 +125,27 @@ def test_a_split_that_makes_rounds_longer_says_so(spec, server):
 @pytest.mark.slow
 def test_a_device_that_makes_rounds_longer_is_named(spec, server):
     devices = {name: spec(name, speed, 30 * MIB) for name, speed in (("a", 4.0), ("snail", 0.02), ("c", 4.0))}
-    fleet, _, _ = plan_split(server, [*devices.values()], 6, **OPTIONS)
+    fleet, _ = plan_split(server, [*devices.values()], 6, **OPTIONS)
     (without,) = (one for one in fleet.baselines if one.name == "without a device")
-    assert {*without.layers} == {"a", "c"}
-    others, _, _ = plan_split(server, [devices["a"], devices["c"]], 6, **OPTIONS)
+    assert {*without.shares} == {"a", "c"}
+    others, _ = plan_split(server, [devices["a"], devices["c"]], 6, **OPTIONS)
     assert without.makespan_seconds == pytest.approx(others.makespan_seconds, rel=0.05)
     shorter, longer = format_seconds(without.makespan_seconds), format_seconds(fleet.makespan_seconds)
-    assert rounds_sentences(fleet)[1] == (
+    assert fleet_sentences(fleet)[1] == (
         f"Leave out snail, unless its data are needed: without it a round takes {shorter}, with it {longer}."
     )
 
 
 def test_shares_and_devices_without_room(spec, server):
     devices = [spec("a", 1.0, 30 * MIB), spec("b", 1.0, 30 * MIB), spec("small", 1.0, FLOWER + MIB)]
-    fleet, plans, _ = plan_split(server, devices, 6, weights={"a": 2.0}, **OPTIONS)
-    assert {member.name: member.steps for member in fleet.members} == {"a": 4, "b": 2, "small": 0}
-    assert set(plans) == {"a", "b"}
-    small = fleet.members[-1]
+    fleet, plans = plan_split(server, devices, 6, weights={"a": 2.0}, **OPTIONS)
+    assert {row.name: row.micro_batches for row in everyone(fleet)} == {"a": 4, "b": 2, "small": 0}
+    assert set(plans) == {"a", "b", "server/a", "server/b"}
+    (small,) = fleet.idle
     assert small.reason.startswith("none of the model's cuts leaves it and the server parts that they can hold")
-    assert any(sentence.startswith("small takes no part: ") for sentence in rounds_sentences(fleet))
-    fleet, _, _ = plan_split(server, devices[:2], 1, **OPTIONS)
-    assert fleet.members[-1].reason == "its share of a round is less than an update"
+    assert any(sentence.startswith("small takes no part: ") for sentence in fleet_sentences(fleet))
+    fleet, _ = plan_split(server, devices[:2], 1, **OPTIONS)
+    assert fleet.idle[0].reason == "its share of a round is less than an update"
     with pytest.raises(InfeasibleError, match=r"no device can take part \(small\)") as told:
         plan_split(server, devices[2:], 2, **OPTIONS)
     assert told.value.minimum_budget_bytes > FLOWER + MIB
@@ -153,8 +153,8 @@ def test_shares_and_devices_without_room(spec, server):
 
 def test_updates_of_several_steps_are_pipelined(spec, link):
     server, device = (spec(name, 1.0, 60 * MIB, 1e9, accumulate=4) for name in ("server", "a"))
-    fleet, _, _ = plan_split(server, [device], 8, **OPTIONS)
-    (member,) = fleet.members
+    fleet, _ = plan_split(server, [device], 8, **OPTIONS)
+    (member,) = computing(fleet)
     # Forward, backward and messages one after the other would take as long as the whole model does.
     assert member.ahead > 0
     assert member.step_seconds < fleet.baselines[2].makespan_seconds / 8
@@ -180,15 +180,17 @@ def test_what_cannot_be_planned_is_refused(spec, server):
 
 
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
-    fleet, plans, server_plans = planned
-    save_fleet(fleet, plans, tmp_path, server_plans)
-    assert load_rounds(tmp_path) == fleet
-    for member in fleet.taking:
-        assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
-        assert load_server_plan(tmp_path, fleet, member.name) == server_plans[member.name]
+    fleet, plans = planned
+    save_fleet(fleet, plans, tmp_path)
+    assert load_fleet(tmp_path) == fleet
+    for name in fleet.names:
+        assert load_member_plan(tmp_path, fleet, name) == plans[name]
+        assert load_part_plan(tmp_path, fleet.replica(name).parts[-1]) == plans[f"server/{name}"]
     (tmp_path / "server" / "fast.plan.json").unlink()
-    with pytest.raises(InputError, match="the server's plan for member 'fast' is not beside the fleet's"):
-        load_server_plan(tmp_path, fleet, "fast")
+    with pytest.raises(
+        InputError, match=r"server/fast\.plan\.json: the plan of member 'server' is not beside the fleet's"
+    ):
+        load_part_plan(tmp_path, fleet.replica("fast").parts[-1])
 
 
 DESCRIBED = """steps = 8
@@ -238,11 +240,23 @@ def test_a_description_may_have_a_server(server, tmp_path):
 
 
 def _swapped(fleet):
-    return {"members": [fleet.members[1], fleet.members[0], *fleet.members[2:]]}
+    return {"replicas": [fleet.replicas[1], fleet.replicas[0], *fleet.replicas[2:]]}
 
 
-def _server(**changes):
-    return lambda fleet: {"server": fleet.server.model_copy(update=changes)}
+def _first(place=0, **changes):
+    """Makes the fleet with fields of a part of its first replica replaced."""
+
+    def change(fleet):
+        first, *others = fleet.replicas
+        parts = [part.model_copy(update=changes if at == place else {}) for at, part in enumerate(first.parts)]
+        return {"replicas": [first.model_copy(update={"parts": parts}), *others]}
+
+    return change
+
+
+def layers_of(fleet):
+    """How many layers each device holds."""
+    return {name: fleet.part(name).layers[1] for name in fleet.names}
 
 
 @pytest.mark.parametrize(
@@ -250,55 +264,54 @@ def _server(**changes):
     [
         (lambda fleet: {"makespan_seconds": 0.9 * fleet.makespan_seconds}, "makespan"),
         (lambda fleet: {"bound_seconds": 1.1 * fleet.makespan_seconds}, "bound"),
-        (lambda fleet: {"steps": 7}, "steps"),
+        (lambda fleet: {"micro_batches": 7}, "micro-batches"),
         (lambda fleet: {"accumulate": 2}, "optimizer"),
-        (lambda fleet: {"accumulate": 4}, "steps"),
+        (lambda fleet: {"accumulate": 4}, "micro-batches"),
         (lambda fleet: {"model": "another"}, "model"),
         (lambda fleet: {"rank": 2}, "model"),
-        (lambda fleet: {"adapter_bytes": fleet.adapter_bytes + 4}, "model"),
+        (lambda fleet: {"trained_bytes": fleet.trained_bytes + 4}, "model"),
         (_swapped, "order"),
-        (_server(budget_bytes=MIB), "budget"),
-        (_server(start_seconds=0.0), "seconds"),
-        (_server(link=Link(up_bytes_per_second=1e5, down_bytes_per_second=1e9)), "seconds"),
-        (_server(link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1e9)), "link"),
-        (member_changed(1, name="fast"), "names"),
-        (member_changed(0, begin_seconds=0.1), "order"),
-        (member_changed(0, round_seconds=0.5), "seconds"),
-        (member_changed(0, head_seconds=0.5), "seconds"),
-        (member_changed(0, service_seconds=0.5), "seconds"),
-        (member_changed(0, tail_seconds=0.5), "seconds"),
-        (member_changed(0, start_seconds=0.5), "seconds"),
-        (member_changed(0, step_seconds=0.001), "seconds"),
-        (member_changed(0, bound_seconds=1e6), "bound"),
-        (member_changed(0, ahead=1), "exchange"),
-        (member_changed(0, exchange_bytes=0), "exchange"),
-        (member_changed(0, server_exchange_bytes=0), "exchange"),
-        (member_changed(0, peak_bytes=1), "peak"),
-        (member_changed(0, server_peak_bytes=1), "peak"),
-        (member_changed(0, flower_bytes=0), "peak"),
-        (member_changed(0, budget_bytes=MIB), "budget"),
-        (member_changed(0, plan_fingerprint="0" * 64), "plan"),
-        (member_changed(0, server_plan_fingerprint="0" * 64), "plan"),
-        (member_changed(0, server_plan=None), "plan"),
-        (member_changed(0, adapter_bytes=4), "model"),
-        (member_changed(0, up=[]), "messages"),
-        (member_changed(0, down=[]), "messages"),
-        (member_changed(0, link=Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)), "seconds"),
+        (of("server", budget_bytes=MIB), "budget"),
+        (of("server", start_seconds=0.0), "seconds"),
+        (of("server", link=Link(up_bytes_per_second=1e5, down_bytes_per_second=1e9)), "seconds"),
+        (of("server", link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1e9)), "link"),
+        (of("far", name="fast"), "names"),
+        (turned(0, begin_seconds=0.1), "order"),
+        (turned(0, head_seconds=0.5), "seconds"),
+        (turned(0, service_seconds=0.5), "seconds"),
+        (turned(0, tail_seconds=0.5), "seconds"),
+        (of(0, start_seconds=0.5), "seconds"),
+        (of(0, step_seconds=0.001), "seconds"),
+        (of(0, bound_seconds=1e6), "bound"),
+        (of(0, ahead=1), "exchange"),
+        (of(0, exchange_bytes=0), "exchange"),
+        (_first(1, exchange_bytes=0), "exchange"),
+        (of(0, peak_bytes=1), "peak"),
+        (_first(1, peak_bytes=1), "peak"),
+        (of(0, aside_bytes=0), "peak"),
+        (of(0, budget_bytes=MIB), "budget"),
+        (of(0, plan_fingerprint="0" * 64), "plan"),
+        (_first(1, plan_fingerprint="0" * 64), "plan"),
+        (_first(1, plan="server/nobody"), "plan"),
+        (of(0, adapter_bytes=4), "model"),
+        (of(0, up=[]), "messages"),
+        (_first(1, down=[]), "messages"),
+        (of(0, link=Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)), "seconds"),
     ],
 )
 def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):
-    fleet, plans, server_plans = planned
+    fleet, plans = planned
     with pytest.raises(InvalidFleet) as told:
-        simulate_fleet(sealed_fleet(fleet.model_copy(update=change(fleet))), plans, server_plans)
+        simulate_fleet(sealed_fleet(mutated(fleet, change)), plans)
     assert told.value.invariant == invariant
 
 
 def test_the_judge_rejects_plans_of_other_devices(planned):
-    fleet, plans, server_plans = planned
-    first, second = (member.name for member in fleet.members[:2])
+    fleet, plans = planned
+    first, second, _ = fleet.names
     with pytest.raises(InvalidFleet) as told:
-        simulate_fleet(fleet, plans, {**server_plans, first: server_plans[second]})
+        simulate_fleet(fleet, {**plans, f"server/{first}": plans[f"server/{second}"]})
     assert told.value.invariant == "plan"
     with pytest.raises(InvalidFleet) as told:
-        simulate_fleet(fleet, {name: plan for name, plan in plans.items() if name != first}, server_plans)
+        simulate_fleet(fleet, {name: plan for name, plan in plans.items() if name != first})
     assert told.value.invariant == "plan"

@@ -108,7 +108,7 @@ def test_rounds(crowd, solves):
     devices = crowd(count)
     fleet, plans = plan_federated(devices, 4 * count, flower_bytes=FLOWER, start_seconds=0.1, time_limit=NONE)
     assert solves == {"AlonePlans": ALWAYS}
-    taking = [member.name for member in fleet.taking]
+    taking = fleet.names
     assert taking == [*plans]
     assert len(taking) > count / 4 > len({plan.fingerprint for plan in plans.values()})
     assert fleet.bound_seconds <= fleet.makespan_seconds
@@ -116,7 +116,7 @@ def test_rounds(crowd, solves):
     assert all(
         plan.budget_bytes + FLOWER <= budgets[name] for name, plan in plans.items()
     )  # of others, but their own cap
-    reasons = {member.reason for member in fleet.members if not member.steps}
+    reasons = {member.reason for member in fleet.idle}
     assert any(reason.startswith("it cannot hold a step: it needs ") for reason in reasons)
 
 
@@ -125,10 +125,8 @@ def test_rounds_of_devices_that_nobody_could_plan(crowd, unlike, solves):
     """Sixteen device models were planned for; the others take no part, and say so."""
     devices = unlike(crowd(100, 40.0, 41.0))
     fleet, _ = plan_federated(devices, 400, flower_bytes=FLOWER, time_limit=NONE)
-    assert solves["AlonePlans"] == len(fleet.taking) == ALWAYS
-    assert {member.reason for member in fleet.members[ALWAYS:]} == {
-        "there was no time to plan it; give time_limit more"
-    }
+    assert solves["AlonePlans"] == len(fleet.names) == ALWAYS
+    assert {member.reason for member in fleet.idle} == {"there was no time to plan it; give time_limit more"}
     small = [replace(device, budget_bytes=FLOWER + MIB) for device in devices]
     with pytest.raises(InfeasibleError, match="of 84 others none was planned: there was no time to plan it"):
         plan_federated(small, 400, flower_bytes=FLOWER, time_limit=NONE)
@@ -138,11 +136,12 @@ def test_split_rounds(crowd, solves):
     count = 100
     server = replace(crowd(1)[0], name="server", budget_bytes=60 * MIB)
     options = {"flower_bytes": FLOWER, "start_seconds": 0.1, "server_start_seconds": 0.1, "time_limit": NONE}
-    fleet, plans, server_plans = plan_split(server, crowd(count), 2 * count, **options)
+    fleet, plans = plan_split(server, crowd(count), 2 * count, **options)
     assert solves["AlonePlans"] <= ALWAYS
     assert solves["StagePlans"] <= 4 * ALWAYS
-    assert len(fleet.taking) > count / 2 > len({plan.fingerprint for plan in plans.values()})
-    assert len({plan.fingerprint for plan in server_plans.values()}) < 10
+    lower, upper = ({plans[replica.parts[at].plan].fingerprint for replica in fleet.replicas} for at in (0, 1))
+    assert len(fleet.names) > count / 2 > len(lower)
+    assert len(upper) < 10
     assert fleet.bound_seconds <= fleet.makespan_seconds
 
 
@@ -151,7 +150,7 @@ def test_pipelines(crowd, solves, count, least):
     fleet, _ = plan_pipeline(crowd(count, least, least + 8), 4, time_limit=NONE)
     assert solves["StagePlans"] <= 6 * ALWAYS
     assert 0 < fleet.bound_seconds <= fleet.makespan_seconds < math.inf
-    reasons = {member.reason for member in fleet.members[len(fleet.chain) :]}
+    reasons = {member.reason for member in fleet.idle}
     assert reasons <= {"a step is not shorter with it", "it cannot hold any of the stages"}
 
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 from rich.console import Console
-from sample_fleets import sample_fleet, sample_member
+from sample_fleets import sample_fleet, sample_member, sample_replica
 
 from tightfit.planner.fleet.schema import Baseline
 from tightfit.planner.report.fleet_text import (
-    chain_sheet,
     fleet_sentences,
+    fleet_sheet,
     fleet_text,
 )
 
@@ -20,7 +20,7 @@ def printed(fleet, width):
 
 
 def test_the_chain_says_what_each_member_does_and_holds():
-    sheet = chain_sheet(sample_fleet())
+    sheet = fleet_sheet(sample_fleet())
     assert sheet.headings == [
         "member", "micro-batches", "each", "together", "peak of budget, MiB", "gradients", "states", "device",
     ]  # fmt: skip
@@ -44,9 +44,10 @@ def test_a_step_is_told_in_sentences():
 
 def test_one_device_alone_exchanges_nothing():
     alone = sample_fleet(
-        members=[sample_member("laptop", 0, 8, 1.0), sample_member("phone", 0, 0, 6.0, reason="it is slow")],
+        members=[sample_member("laptop"), sample_member("phone", reason="it is slow")],
+        replicas=[sample_replica("laptop", 0, 8, 1.0)],
         exchange_seconds=0.0,
-        baselines=[Baseline(name="fastest alone", makespan_seconds=7.25, micro_batches={"laptop": 8, "phone": 0})],
+        baselines=[Baseline(name="fastest alone", makespan_seconds=7.25, shares={"laptop": 8, "phone": 0})],
     )
     said = fleet_sentences(alone)
     assert "laptop does all of it alone: nothing is exchanged" in said
@@ -56,7 +57,7 @@ def test_one_device_alone_exchanges_nothing():
 
 
 def test_what_is_estimated_or_differs_is_said():
-    guessed = [sample_member(name, first, 4, 1.0, measured=False) for name, first in (("laptop", 0), ("phone", 4))]
+    guessed = [sample_member(name, measured=False) for name in ("laptop", "phone")]
     fleet = sample_fleet(members=guessed, bit_identical=False, differences=["PyTorch 2.9 and 2.10", "2 and 4 threads"])
     said = fleet_sentences(fleet)
     assert said[0].startswith("times of laptop and phone are estimated, not measured")
@@ -64,29 +65,31 @@ def test_what_is_estimated_or_differs_is_said():
         "results may differ from those of one process in their last bits: PyTorch 2.9 and 2.10; 2 and 4 threads"
     )
     # Only of those that take part.
-    idle = sample_fleet(members=[sample_member("laptop", 0, 8, 1.0), sample_member("phone", 0, 0, 6.0, measured=False)])
+    alone = [sample_replica("laptop", 0, 8, 1.0)]
+    idle = sample_fleet(members=[sample_member("laptop"), sample_member("phone", measured=False)], replicas=alone)
     assert not any("estimated" in sentence for sentence in fleet_sentences(idle))
 
 
 def test_equal_shares_that_are_possible_are_compared():
     shares = {"laptop": 4, "phone": 4, "watch": 0}
-    fleet = sample_fleet(baselines=[Baseline(name="equal shares", makespan_seconds=14.5, micro_batches=shares)])
+    fleet = sample_fleet(baselines=[Baseline(name="equal shares", makespan_seconds=14.5, shares=shares)])
     assert "equal shares (laptop 4, phone 4) would take 14.500 s, 2.00 × as long" in fleet_sentences(fleet)
 
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_no_figure_is_cut_in_a_terminal(width):
     text = printed(sample_fleet(), width)
-    for cell in (cell for row in chain_sheet(sample_fleet()).rows for cell in row[:-1]):
+    for cell in (cell for row in fleet_sheet(sample_fleet()).rows for cell in row[:-1]):
         assert cell in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
 
 
 def test_names_cannot_command_the_terminal():
-    member = sample_member("laptop", 0, 8, 1.0, device="\x1b[31mred")
-    reason = Baseline(name="equal shares", makespan_seconds=None, micro_batches={}, reason="\x1b[2J")
-    text = printed(sample_fleet(members=[member], model="\x1b[1m", baselines=[reason]), 200)
+    member = sample_member("laptop", device="\x1b[31mred")
+    alone = [sample_replica("laptop", 0, 8, 1.0)]
+    reason = Baseline(name="equal shares", makespan_seconds=None, reason="\x1b[2J")
+    text = printed(sample_fleet(members=[member], replicas=alone, model="\x1b[1m", baselines=[reason]), 200)
     assert "\x1b" not in text
     assert r"\x1b[31mred" in text
     assert r"equal shares: not possible, \x1b[2J" in text

@@ -6,7 +6,7 @@ import pytest
 from federated_fleets import timed, tiny_fleet
 from tiny_plans import decoder_profile
 
-from tightfit.planner.fleet.io import load_rounds
+from tightfit.planner.fleet.io import load_fleet
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
@@ -61,8 +61,8 @@ def test_a_plan_is_made_and_told(described, tmp_path, capsys):
     assert main([*words, "--json"]) == 0
     out, _ = told(capsys)
     summary = json.loads(out)
-    fleet = load_rounds(tmp_path)
-    assert [member["steps"] for member in summary["members"]] == [8, 4]
+    fleet = load_fleet(tmp_path, in_rounds=True)
+    assert [replica["micro_batches"] for replica in summary["replicas"]] == [8, 4]
     assert summary["fingerprint"] == fleet.fingerprint
     assert fleet.members[0].start_seconds == 0.5
     assert main([*words, "--steps", "3"]) == 0

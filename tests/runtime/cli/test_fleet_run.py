@@ -98,7 +98,7 @@ def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):
     tightfit("fleet", "plan", folder / "fleet.toml", "--kind", "pipeline", "-o", tmp_path / "plan")
     planned = json.loads((tmp_path / "plan" / "fleet.json").read_text())
     assert planned["kind"] == "pipeline"
-    chain = [member["name"] for member in planned["members"] if member["plan"]]
+    chain = [part["member"] for part in planned["replicas"][0]["parts"]]
     assert len(chain) == 2
     words = ("fleet", "run", tmp_path / "plan", *TRAINING, "--eval", "random", "-o", tmp_path / "out", "--json")
     told = json.loads(tightfit(*words).stdout)

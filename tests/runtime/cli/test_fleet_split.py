@@ -7,7 +7,7 @@ import pytest
 from federated_fleets import timed, tiny_fleet, tiny_split_fleet
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.fleet.io import load_rounds, load_server_plan
+from tightfit.planner.fleet.io import load_fleet, load_part_plan
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main as command_line
 from tightfit.runtime.federated import flower, server
@@ -54,12 +54,14 @@ def test_a_plan_is_made_and_told(tmp_path, capsys):
     assert main([*words, "--start", "1", "--time-limit", "20", "--json"]) == 0
     said = capsys.readouterr()
     summary = json.loads(said.out)
-    fleet = load_rounds(tmp_path / "plan")
+    fleet = load_fleet(tmp_path / "plan", in_rounds=True)
     assert summary["fingerprint"] == fleet.fingerprint
-    assert {member["name"]: member["layers"] for member in summary["members"]} == {"quick": 3, "slow": 2}
-    assert (fleet.server.start_seconds, fleet.members[0].start_seconds) == (0.5, 1.0)
-    for member in fleet.members:
-        assert load_server_plan(tmp_path / "plan", fleet, member.name).budget_bytes == 500 << 20
+    devices = [replica["parts"][0] for replica in summary["replicas"]]
+    assert {part["member"]: part["layers"] for part in devices} == {"quick": [0, 3], "slow": [0, 2]}
+    assert [member.name for member in fleet.members] == [*fleet.names, "server"]
+    assert (fleet.member("server").start_seconds, fleet.members[0].start_seconds) == (0.5, 1.0)
+    for replica in fleet.replicas:
+        assert load_part_plan(tmp_path / "plan", replica.parts[-1]).budget_bytes == 500 << 20
     assert main([*words, "--steps", "2", "--time-limit", "20"]) == 0
     said = capsys.readouterr()
     assert "A round of 2 steps" in said.out

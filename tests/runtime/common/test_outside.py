@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightfit.planner.fleet.description import read_description
-from tightfit.planner.fleet.io import load_any
+from tightfit.planner.fleet.io import load_fleet
 from tightfit.planner.io import load_plan
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.io import load_profile
@@ -50,7 +50,7 @@ JSON_READERS = {
     "tokenizer.json": lambda path: directory_vocabulary(path.parent),
     "profile.json": load_profile,
     "plan.json": load_plan,
-    "fleet.json": load_any,
+    "fleet.json": load_fleet,
     "device.json": lambda path: find_device(str(path)),
     "data.jsonl": lambda path: [pytest.fail(str(one)) for _, one in raised(read_samples(path))],
     "prompts.jsonl": read_prompts,

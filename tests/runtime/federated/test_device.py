@@ -12,6 +12,7 @@ import pytest
 from federated_fleets import tiny_fleet
 from safetensors.numpy import load
 
+from tightfit.planner.fleet.io import plan_file
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.federated.aggregate import closed, shapes_of, started
@@ -30,8 +31,8 @@ def device(fleet, tmp_path):
     folder, planned, _ = fleet
 
     def made(name, **changes):
-        member = next(one for one in planned.members if one.name == name)
-        told = {"member": name, "plan": str(folder / "fleet" / member.plan), "rank": member.rank, "data": "random"}
+        plan, rank = folder / "fleet" / plan_file(planned.part(name).plan), planned.replica(name).rank
+        told = {"member": name, "plan": str(plan), "rank": rank, "data": "random"}
         return DeviceSettings(**told | {"work": str(tmp_path / name), "cgroup": False} | changes)
 
     return made

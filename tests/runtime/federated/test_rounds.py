@@ -105,7 +105,7 @@ def run(planned, folder, out, devices, rounds=2, **options):
     fleet, plans = planned
     said = []
     told = RoundOptions(rounds=rounds, fleet=str(folder), out=str(out), **options)
-    made = Rounds(fleet, plans, told, devices, {}, say=said.append, clock=lambda: devices.now, sleep=devices.sleep)
+    made = Rounds(fleet, plans, told, devices, say=said.append, clock=lambda: devices.now, sleep=devices.sleep)
     saved = made.run()
     return SimpleNamespace(made=made, saved=saved, said=said, lines=RoundsFolder(out).lines())
 
@@ -113,9 +113,9 @@ def run(planned, folder, out, devices, rounds=2, **options):
 def expected(planned, rounds, taking="abc"):
     """The adapter after so many rounds, by the formula."""
     fleet, plans = planned
-    one = Rounds(fleet, plans, RoundOptions(rounds=9, fleet="", out="/nonexistent"), None, {})
+    one = Rounds(fleet, plans, RoundOptions(rounds=9, fleet="", out="/nonexistent"), None)
     current = opened(one._first(), one.shapes, 4, "it")
-    steps = json.dumps({member.name: member.steps for member in fleet.taking})
+    steps = json.dumps({name: fleet.replica(name).micro_batches for name in fleet.names})
     for number in range(1, rounds + 1):
         order = Order(round=number, steps=steps, lr=0.0, weight_decay=0.0, seed=0, seconds=1.0)
         parts = [
@@ -296,12 +296,12 @@ def test_a_run_may_start_from_an_adapter(planned, folder, tmp_path):
 
 def test_ranks_that_differ_meet_in_the_singular_form(mixed, folder, tmp_path):
     fleet, _ = mixed
-    assert [member.rank for member in fleet.taking] == [4, 2]
+    assert [replica.rank for replica in fleet.replicas] == [4, 2]
     devices = Devices({"a": 5.0, "b": 3.0}, ranks={"b": 2})
     found = run(mixed, folder, tmp_path, devices, rounds=2)
     first = found.made
     current = opened(first._first(), first.shapes, 4, "it")
-    steps = json.dumps({member.name: member.steps for member in fleet.taking})
+    steps = json.dumps({name: fleet.replica(name).micro_batches for name in fleet.names})
     for number in (1, 2):
         current = singular_form(current)
         order = Order(round=number, steps=steps, lr=0.0, weight_decay=0.0, seed=0, seconds=1.0)

@@ -30,13 +30,12 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
-    fleet, plans, server_plans, profile = tiny_split_fleet(folder, steps=6, speeds=(1e-5, 1e-3, 1e-3))
-    return fleet, plans, server_plans, profile
+    return tiny_split_fleet(folder, steps=6, speeds=(1e-5, 1e-3, 1e-3))
 
 
 @pytest.fixture(scope="module")
 def labels(planned, tmp_path_factory):
-    profile = planned[3]
+    profile = planned[2]
     shape = {"seq": profile.seq, "vocab_size": profile.model.config["vocab_size"]}
     return prepare("random", None, tmp_path_factory.mktemp("records"), **shape).path
 
@@ -158,16 +157,16 @@ def moved(adapter, name):
 
 @pytest.fixture
 def world(planned, labels, monkeypatch):
-    made = World(planned[1], labels, planned[3].seq)
+    made = World(planned[0].names, labels, planned[2].seq)
     monkeypatch.setattr(service, "start", made.start)
     return made
 
 
 def run(planned, out, world, rounds=2, **options):
-    fleet, plans, server_plans, _ = planned
+    fleet, plans, _ = planned
     told = RoundOptions(rounds=rounds, fleet="folder", out=str(out), port=100, **options)
     said = []
-    made = Rounds(fleet, plans, told, world, server_plans, say=said.append, clock=lambda: world.now, sleep=world.sleep)
+    made = Rounds(fleet, plans, told, world, say=said.append, clock=lambda: world.now, sleep=world.sleep)
     return made, made.run(), RoundsFolder(out).lines()
 
 
@@ -186,7 +185,7 @@ def expected(made, rounds, taking="abc"):
 @pytest.mark.slow
 def test_devices_are_served_in_the_plans_order_one_at_a_time(planned, world, tmp_path):
     made, saved, lines = run(planned, tmp_path, world)
-    order = [member.name for member in planned[0].taking]
+    order = planned[0].names
     assert [(number, name) for number, name, _ in world.served] == [(n, name) for n in (1, 2) for name in order]
     begins = [moment for _, _, moment in world.served]
     assert all(after >= before + SERVICE for before, after in itertools.pairwise(begins))
@@ -254,7 +253,7 @@ def test_labels_are_sent_once(planned, world, tmp_path):
 
 
 def test_one_that_is_not_there_is_waited_for_and_then_left_out(planned, world, tmp_path):
-    first = planned[0].taking[0].name
+    first = planned[0].names[0]
     world.there[first] = (1e9, 1e9)
     made, saved, lines = run(planned, tmp_path, world, grace=8.0)
     assert [name for _, name, _ in world.served].count(first) == 0
@@ -267,7 +266,7 @@ def test_one_that_is_not_there_is_waited_for_and_then_left_out(planned, world, t
 
 
 def test_one_that_comes_late_is_served_when_it_comes(planned, world, tmp_path):
-    first, second, third = (member.name for member in planned[0].taking)
+    first, second, third = planned[0].names
     world.there[first] = (11.0, 1e9)
     made, saved, lines = run(planned, tmp_path, world, rounds=1, grace=8.0)
     assert [name for _, name, _ in world.served] == [second, first, third]
@@ -301,7 +300,7 @@ def test_a_part_that_keeps_failing_is_left_out_and_says_why(planned, world, tmp_
 
 
 def test_a_device_that_goes_while_it_is_served_ends_the_servers_run(planned, world, tmp_path):
-    first = planned[0].taking[0].name
+    first = planned[0].names[0]
     world.there[first] = (0.0, 3.0)
     made, saved, lines = run(planned, tmp_path, world, rounds=1, grace=1.0)
     assert world.served[1][2] < 3.0 + 1.0
@@ -368,7 +367,7 @@ def test_labels_are_the_records_without_their_inputs(device, labels):
 
 
 def test_prepared_records_are_data(labels, planned, tmp_path):
-    profile = planned[3]
+    profile = planned[2]
     shape = {"seq": profile.seq, "vocab_size": profile.model.config["vocab_size"]}
     made = prepare(str(labels), None, tmp_path, **shape)
     assert made.path.read_bytes() == labels.read_bytes()
@@ -378,17 +377,15 @@ def test_prepared_records_are_data(labels, planned, tmp_path):
 
 def test_both_sides_have_a_seat(planned):
     fleet = planned[0]
-    member = fleet.taking[0]
-    plans = planned[1][member.name], planned[2][member.name]
+    name = fleet.names[0]
     sides = [
-        stage_membership(fleet, member, plan, "here", 5, Path("fleet.key"), 9.0, server=server)
-        for plan, server in zip(plans, (False, True))
+        stage_membership(fleet, name, "here", 5, Path("fleet.key"), 9.0, server=server) for server in (False, True)
     ]
     assert [one.seat.rank for one in sides] == [0, 1]
     for one in sides:
         assert one.seat.listens == 1
         assert not one.seat.part.gathers
         assert (one.seat.address, one.seat.port, one.seat.timeout) == ("here", 5, 9.0)
-        assert one.seat.members == [member.name, "server"]
+        assert one.seat.members == [name, "server"]
         assert one.figures["exchange_seconds"] > 0
     assert sides[0].seat.part.above == sides[1].seat.part.below

@@ -33,11 +33,9 @@ def test_the_adapter_is_that_of_one_process(workshop, expected, tmp_path):
     alone = json.loads((workshop.folder / "alone" / "report.json").read_text())
     reports = [json.loads((tmp_path / member.name / "report.json").read_text()) for member in fleet.members]
     assert all(report["fleet"]["loss"] == alone["loss"] for report in reports)
-    for member, report in zip(fleet.members, reports):
-        steps = [
-            json.loads(line)["step"] for line in (tmp_path / member.name / "metrics.jsonl").read_text().splitlines()
-        ]
-        own = range(member.first + 1, member.first + member.micro_batches + 1)
+    for name, replica, report in zip(fleet.names, fleet.replicas, reports):
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        own = range(replica.first + 1, replica.first + replica.micro_batches + 1)
         assert steps == [update * MICRO_BATCHES + one for update in range(4) for one in own]
         assert report["fleet"]["updates"] == 4
     # A checkpoint of a member is one of that process, too: its sum of gradients is zero after an update.

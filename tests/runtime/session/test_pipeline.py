@@ -105,10 +105,11 @@ def test_a_signal_to_one_member_ends_all_after_the_same_step(workshop, tmp_path)
 
 
 def test_a_plan_of_some_layers_is_not_run_alone(workshop, tmp_path):
+    from tightfit.planner.fleet.io import plan_file
     from tightfit.planner.io import load_plan
     from tightfit.runtime.common.errors import InputError
     from tightfit.runtime.session.launch import run
 
     fleet = workshop.pipeline((3,), (0, 0))
     with pytest.raises(InputError, match="one member of a pipeline"):
-        run(load_plan(workshop.folder / fleet.members[0].plan), "random", steps=5, out=tmp_path)
+        run(load_plan(workshop.folder / plan_file(fleet.part("m0").plan)), "random", steps=5, out=tmp_path)
