@@ -478,10 +478,12 @@ def _timed(calls: Sequence[Callable[[], None]], seconds: float) -> list[list[flo
 
 def typical(call_seconds: Sequence[float]) -> float:
     """The mean of the seconds of calls that were not interrupted. A step is a sum of calls, so their mean tells its
-    time; the median is below, since times are not symmetric.
+    time; the median is below, since times are not symmetric. Negative ones, of which there are some under a quota
+    (`QuotaClock`), are of no call.
     """
-    longest = DISTURBED * statistics.median(call_seconds)
-    return statistics.fmean(seconds for seconds in call_seconds if seconds <= longest)
+    counted = [seconds for seconds in call_seconds if seconds >= 0] or [0.0]
+    longest = DISTURBED * statistics.median(counted)
+    return statistics.fmean(seconds for seconds in counted if seconds <= longest)
 
 
 def _run(operator: Any, tensors: Mapping[str, Any], outputs: Sequence[Any], store: Any) -> None:
