@@ -90,7 +90,12 @@ def read_description(
         names_rounds = "server" in content or ("steps" in content and "micro_batches" not in content)
         undecided = kind == "auto" and micro_batches is None
         of_rounds = kind == FEDERATED or (undecided and (steps is not None or names_rounds))
-        key = "steps" if of_rounds else "micro_batches"
+    key = "steps" if of_rounds else "micro_batches"
+    (foreign,) = given.keys() - {key}
+    if given[foreign] is not None:
+        does = FEDERATED if of_rounds else kind
+        raise InputError(f"{spelled(foreign)} is for fleets of another kind; plan {does} without it")
+    with named(path):
         if given[key] is None and key not in content:
             what, example = COUNTS[key]
             raise InputError(f"'{key}' is missing; say how many make a {what}, as in {key} = {example}")

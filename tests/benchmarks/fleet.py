@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fleet_kinds import plan_data, plan_pipeline
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "benchmarks")]
 
@@ -34,8 +36,8 @@ import tables
 from rich.table import Table
 
 from examples.reviews import SEQ, fetch
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet, plan_pipeline
 from tightfit.planner.fleet.io import save_fleet, sealed_fleet
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.parts import link_bytes
 from tightfit.planner.fleet.schema import FleetPlan, Link
 from tightfit.planner.io import save_plan
@@ -262,7 +264,7 @@ def main() -> None:
                 MemberSpec(name=name, profile=measured, budget_bytes=int(size * MIB), link=link)
                 for (name, measured), size in zip(profiles.items(), given.budgets, strict=True)
             ]
-            planned = plan_fleet if kind == "data" else plan_pipeline
+            planned = plan_data if kind == "data" else plan_pipeline
             fleet, plans = planned(specs, given.micro_batches)
             place = folder / f"{kind}-{rate:g}"
             save_fleet(fleet, plans, place)

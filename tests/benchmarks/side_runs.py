@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fleet_kinds import plan_side
 from safetensors.torch import load_file
 from side_networks import as_process
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_side
 from tightfit.planner.fleet.io import load_fleet, save_fleet
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.schema import FleetPlan, Link
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile

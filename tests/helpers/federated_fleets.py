@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from changed_operators import with_operators
+from fleet_kinds import plan_federated, plan_split
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import save_fleet
-from tightfit.planner.fleet.rounds import plan_federated, plan_split
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.schema import Link
 
 BUDGET = 400 << 20

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from tightfit.planner.fleet.options import FleetOptions, RoundsPlanOptions
+from tightfit.planner.fleet.options import FleetOptions
 from tightfit.planner.search_options import PlanOptions
 from tightfit.profiles.option_fields import options_of, types_of, word_of
 from tightfit.profiles.options import ProfileOptions
@@ -20,7 +20,7 @@ from tightfit.runtime.results.answer_options import AnswerOptions
 from tightfit.runtime.session.options import EvaluationOptions, RehearsalOptions, RunOptions
 
 RECORDS = (
-    ProfileOptions, PlanOptions, RehearsalOptions, RunOptions, EvaluationOptions, AnswerOptions, FleetOptions, RoundsPlanOptions, RoundOptions,
+    ProfileOptions, PlanOptions, RehearsalOptions, RunOptions, EvaluationOptions, AnswerOptions, FleetOptions, RoundOptions,
 )  # fmt: skip
 EVERYWHERE = {"--json", "--debug"}
 """options of nearly every command, which the page says once"""

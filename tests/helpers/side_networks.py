@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 import torch
+from fleet_kinds import plan_side
 from torch._subclasses import FakeTensorMode
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_side
 from tightfit.planner.fleet.io import save_fleet
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape
 

@@ -20,7 +20,7 @@ pytestmark = needs_flower
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
-    planned, plans = tiny_fleet(folder, steps=5, ranks=(4, 4), speeds=(1e-3, 1.4e-3), start_seconds=1.0)
+    planned, plans = tiny_fleet(folder, steps=5, ranks=(4, 4), speeds=(1e-3, 1.4e-3), start=1.0)
     assert [replica.micro_batches for replica in planned.replicas] == [3, 2]
     return folder / "fleet", planned, plans
 

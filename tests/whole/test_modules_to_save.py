@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fleet_kinds import plan_pipeline
 from fleets import Workshop, adapter_hash, ended
 from reference import (
     CONFIGS,
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from traced import fake_decoder, loss_and_gradients, random_batch, trace_step
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_pipeline
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.part_profiles import member_profile
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.instructions import Fetch, Spill

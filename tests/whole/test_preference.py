@@ -28,7 +28,7 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from tiny_plans import decoder_profile, naive_plan
 from trl_losses import base_of, pairs_of_steps, rows_of, theirs_of
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan

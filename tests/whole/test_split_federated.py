@@ -26,7 +26,7 @@ from tightfit.runtime.session.fleet import free_port
 def fleet(tmp_path_factory):
     """Two devices that hold different numbers of layers."""
     folder = tmp_path_factory.mktemp("split")
-    planned, _, profile = tiny_split_fleet(folder, start_seconds=1.0)
+    planned, _, profile = tiny_split_fleet(folder, start=1.0)
     assert [member.name for member in planned.members] == [*planned.names, "server"]
     devices = {replica.parts[0].member: replica for replica in planned.replicas}
     assert {name: (one.parts[0].layers, one.micro_batches) for name, one in devices.items()} == {

@@ -5,9 +5,10 @@ speed.
 from __future__ import annotations
 
 import pytest
+from fleet_kinds import plan_data, plan_pipeline
 from synthetic import MIB, ProgramBuilder, device, profile_of
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet, plan_pipeline
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.schema import Layer, Tensor
 
@@ -127,7 +128,7 @@ def stages():
 @pytest.fixture(scope="session")
 def planned():
     """A fleet of three of which all take part, and their plans."""
-    return plan_fleet(_members((1.0, 0.5, 0.4)), 8)
+    return plan_data(_members((1.0, 0.5, 0.4)), 8)
 
 
 @pytest.fixture(scope="session")

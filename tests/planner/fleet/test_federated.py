@@ -7,13 +7,13 @@ import math
 import random
 
 import pytest
+from fleet_kinds import plan_federated
 from fleet_views import computing, mutated, of, turned
 from synthetic import MIB
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet, sealed_fleet
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.programs import Pace, makespan_of, shared_out
-from tightfit.planner.fleet.rounds import plan_federated
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.report.fleet_text import fleet_sentences
@@ -41,7 +41,7 @@ def devices(members):
 
 @pytest.fixture(scope="module")
 def planned(devices):
-    return plan_federated(devices, 40, flower_bytes=FLOWER, start_seconds=1.0, time_limit=20.0)
+    return plan_federated(devices, 40, flower_bytes=FLOWER, start=1.0, time_limit=20.0)
 
 
 def drawn(seed):
@@ -129,7 +129,7 @@ def test_budgets_count_flower(planned, devices):
 def test_devices_without_room_or_use_take_no_part(devices):
     small = adapted(devices[1], name="small", budget_bytes=FLOWER + MIB)
     far = adapted(devices[0], name="far", link=Link(up_bytes_per_second=1e3, down_bytes_per_second=1e3))
-    fleet, plans = plan_federated([devices[0], small, far], 5, flower_bytes=FLOWER, start_seconds=0.0, time_limit=10.0)
+    fleet, plans = plan_federated([devices[0], small, far], 5, flower_bytes=FLOWER, start=0.0, time_limit=10.0)
     assert set(plans) == {"a"}
     reasons = {member.name: member.reason for member in fleet.members}
     assert reasons["a"] is None

@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
+from fleet_kinds import plan_data
 from fleet_views import computing, everyone
 from synthetic import MIB, device, small_chain
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_fleet
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.part_plans import MemberPlans
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.plan import planner_of
@@ -29,7 +30,7 @@ def baseline(fleet, name):
 def four(members):
     """Devices of speeds 1, 1/2, 1/4 and 1/10 on 100 Mbit/s, and what was reported on the way."""
     told = []
-    return *plan_fleet(members((1.0, 0.5, 0.25, 0.1)), 37, progress=told.append), told
+    return *plan_data(members((1.0, 0.5, 0.25, 0.1)), 37, progress=told.append), told
 
 
 def test_four_devices_against_equal_shares(four):
@@ -87,7 +88,7 @@ def test_alike_members_give_the_same_bits(four):
 
 def test_the_same_fleet_again_is_the_same(planned, members):
     fleet, plans = planned
-    again, others = plan_fleet(members((1.0, 0.5, 0.4)), 8)
+    again, others = plan_data(members((1.0, 0.5, 0.4)), 8)
     assert {name: plan.fingerprint for name, plan in others.items()} == {
         name: plan.fingerprint for name, plan in plans.items()
     }
@@ -97,7 +98,7 @@ def test_the_same_fleet_again_is_the_same(planned, members):
 
 def test_a_member_that_holds_no_micro_batch_takes_no_part(members):
     a, b, c = members((1.0, 1.0, 1.0))
-    fleet, plans = plan_fleet([replace(b, budget_bytes=18 * MIB), a, c], 6)
+    fleet, plans = plan_data([replace(b, budget_bytes=18 * MIB), a, c], 6)
     assert shares(fleet) == {"a": 3, "c": 3, "b": 0}
     assert set(plans) == {"a", "c"}
     idle = fleet.members[-1]
@@ -113,21 +114,21 @@ def test_a_member_that_holds_no_micro_batch_takes_no_part(members):
 def test_a_member_whose_start_alone_is_too_large(members, layers):
     a, b, c = members((1.0, 1.0, 1.0))
     profile = layers(on=device(import_peak=30 * MIB, resident=5 * MIB, per_instruction=50))
-    fleet, _ = plan_fleet([a, replace(b, profile=profile), c], 4)
+    fleet, _ = plan_data([a, replace(b, profile=profile), c], 4)
     assert shares(fleet) == {"a": 2, "c": 2, "b": 0}
     assert "needs 30.0 MiB and may take 26.0 MiB" in fleet.members[-1].reason
 
 
 def test_a_member_that_would_make_the_step_longer_takes_no_part(members, link):
     a, b, c = members((1.0, 1.0, 1.0))
-    fleet, _ = plan_fleet([a, replace(b, link=link(1e4)), c], 4)
+    fleet, _ = plan_data([a, replace(b, link=link(1e4)), c], 4)
     assert shares(fleet) == {"a": 2, "c": 2, "b": 0}
     assert fleet.members[-1].reason == "a step is not shorter with it"
 
 
 def test_where_no_link_pays_one_device_does_everything(members):
     a, b = members((1.0, 0.5), rate=1e4)
-    fleet, plans = plan_fleet([b, a], 3)
+    fleet, plans = plan_data([b, a], 3)
     assert shares(fleet) == {"a": 3, "b": 0}
     assert plans["a"].optimizer == adamw(3)
     assert fleet.makespan_seconds == pytest.approx(3 * plans["a"].step_seconds)
@@ -138,7 +139,7 @@ def test_where_no_link_pays_one_device_does_everything(members):
 
 def test_a_single_device(members):
     (a,) = members((1.0,))
-    fleet, plans = plan_fleet([a], 5)
+    fleet, plans = plan_data([a], 5)
     assert shares(fleet) == {"a": 5}
     assert plans["a"].optimizer == adamw(5)
     assert fleet.makespan_seconds == pytest.approx(5 * fleet.parts[0].micro_batch_seconds)
@@ -147,7 +148,7 @@ def test_a_single_device(members):
 
 
 def test_a_single_micro_batch(members):
-    fleet, plans = plan_fleet(members((0.5, 1.0)), 1)
+    fleet, plans = plan_data(members((0.5, 1.0)), 1)
     assert shares(fleet) == {"b": 1, "a": 0}
     assert plans["b"].optimizer == adamw(1)
     assert baseline(fleet, "equal shares").shares == {"a": 1, "b": 0}
@@ -158,15 +159,15 @@ def test_a_single_micro_batch(members):
 def test_nothing_fits(members):
     specs = [replace(one, budget_bytes=10 * MIB + at) for at, one in enumerate(members((1.0, 0.5)))]
     with pytest.raises(InfeasibleError) as caught:
-        plan_fleet(specs, 4)
+        plan_data(specs, 4)
     message = str(caught.value)
     assert message.startswith("no device of the fleet can hold a micro-batch: a needs ")
     assert "; b needs " in message
     least = caught.value.minimum_budget_bytes
-    fleet, _ = plan_fleet([replace(one, budget_bytes=least + 4096) for one in specs], 4)
+    fleet, _ = plan_data([replace(one, budget_bytes=least + 4096) for one in specs], 4)
     assert fleet.makespan_seconds < math.inf
     with pytest.raises(InfeasibleError):
-        plan_fleet(specs[:1], 4)
+        plan_data(specs[:1], 4)
 
 
 def interrupted(monkeypatch, specs, after, **options):
@@ -181,7 +182,7 @@ def interrupted(monkeypatch, specs, after, **options):
         once(self, room, time_limit)
 
     monkeypatch.setattr(MemberPlans, "plan", plan)
-    return plan_fleet(specs, 8, **options)
+    return plan_data(specs, 8, **options)
 
 
 def test_ctrl_c_ends_the_search_with_the_best_chain_so_far(members, planned, monkeypatch):
@@ -203,7 +204,7 @@ def test_ctrl_c_before_there_is_a_chain(members, monkeypatch):
 
 def refused(specs, match, micro_batches=4):
     with pytest.raises(InputError, match=match):
-        plan_fleet(specs, micro_batches)
+        plan_data(specs, micro_batches)
 
 
 def test_names(members):
@@ -222,9 +223,9 @@ def test_numbers(members):
         refused(specs, "are no number of them", count)
     refused([replace(specs[0], budget_bytes=0)], "a budget of 0 bytes")
     with pytest.raises(InputError, match=r"time_limit 0\.0"):
-        plan_fleet(specs, 4, time_limit=0.0)
+        plan_data(specs, 4, time_limit=0.0)
     with pytest.raises(InputError, match="gap"):
-        plan_fleet(specs, 4, gap=1.0)
+        plan_data(specs, 4, gap=1.0)
 
 
 def other(spec, **changes):
@@ -273,7 +274,7 @@ def test_devices_that_round_differently(members):
         changed_device(b, threads=4, torch_version="2.13.0"),
         other(c, programs=[program, *c.profile.programs[1:]]),
     ]
-    fleet, _ = plan_fleet(specs, 6)
+    fleet, _ = plan_data(specs, 6)
     assert not fleet.bit_identical
     said = "; ".join(fleet.differences)
     assert "threads: " in said

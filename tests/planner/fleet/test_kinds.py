@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from fleet_kinds import plan_kind
 from synthetic import MIB
 
 from tightfit.planner.fleet import fleet_planner
-from tightfit.planner.fleet.fleet_planner import plan_kind
 from tightfit.runtime.common.errors import InputError
 
 
@@ -26,7 +26,7 @@ def test_data_parallel_without_planning_a_pipeline(stages, monkeypatch):
     def none(*_, **__):
         raise AssertionError("a pipeline is planned")
 
-    monkeypatch.setattr(fleet_planner, "plan_pipeline", none)
+    monkeypatch.setattr(fleet_planner.PipelinePlanner, "plan", none)
     fleet, _, why = plan_kind(stages((1.0, 1.0), budget=64 * MIB, rate=1e9), 4)
     assert fleet.kind == "data parallel"
     assert why.startswith("data parallel (")
@@ -53,9 +53,9 @@ def test_the_kind_that_was_asked_for(stages):
 def test_kinds_and_bits_that_are_none(stages):
     specs = stages((1.0, 1.0))
     for options, message in (
-        ({"kind": "tensor"}, "kind 'tensor': it should be 'auto', 'data' or 'pipeline'"),
-        ({"bits": 3}, "bits 3: it should be 0 or 8"),
-        ({"kind": "data", "bits": 8}, "bits 8: only a pipeline has messages of numbers"),
+        ({"kind": "tensor"}, "kind 'tensor': it should be 'auto', 'data', 'pipeline', 'mobillm' or 'federated'"),
+        ({"bits": 3}, "bits 3: it should be 0, 4 or 8"),
+        ({"kind": "data", "bits": 8}, "bits 8 is for fleets of another kind; plan data without it"),
     ):
         with pytest.raises(InputError, match=message):
             plan_kind(specs, 2, **options)

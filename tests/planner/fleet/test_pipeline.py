@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from fleet_kinds import plan_pipeline
 from fleet_views import computing
 from synthetic import MIB, small_chain
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, least_seconds, plan_pipeline
 from tightfit.planner.fleet.fleet_search import DivisionSearch
 from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet
+from tightfit.planner.fleet.kinds.pipeline import least_seconds
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.parts import link_bytes
 from tightfit.planner.fleet.simulate import simulate_fleet
 from tightfit.planner.report.fleet_text import fleet_sentences, fleet_sheet

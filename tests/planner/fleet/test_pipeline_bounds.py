@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 import pytest
+from fleet_kinds import plan_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB
@@ -15,8 +16,8 @@ from synthetic import MIB
 from tightfit.planner.fleet import bounds
 from tightfit.planner.fleet.bounds import Candidate, DivisionBounds, Held
 from tightfit.planner.fleet.clock import Marks, Station, agree, play
-from tightfit.planner.fleet.fleet_planner import plan_pipeline, shared
 from tightfit.planner.fleet.fleet_search import DivisionSearch
+from tightfit.planner.fleet.members import shared
 from tightfit.planner.fleet.part_plans import StagePlans
 from tightfit.planner.fleet.schema import Link
 

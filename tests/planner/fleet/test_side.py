@@ -9,13 +9,13 @@ from itertools import pairwise
 import pytest
 import torch
 from changed_operators import with_operators
+from fleet_kinds import plan_side
 from fleet_views import changed
 from side_networks import BUDGET, side_profile, specs_of
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.compare import compare
 from tightfit.planner.fleet.clock import OneWay
-from tightfit.planner.fleet.fleet_planner import plan_side
 from tightfit.planner.fleet.io import load_fleet, load_member_plan, save_fleet
 from tightfit.planner.fleet.part_profiles import server_profile, side_shape
 from tightfit.planner.fleet.schema import Link

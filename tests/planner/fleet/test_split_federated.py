@@ -4,11 +4,11 @@ import itertools
 import math
 
 import pytest
+from fleet_kinds import plan_split
 from fleet_views import computing, everyone, mutated, of, turned
 from synthetic import MIB
 
 from tightfit.planner.fleet.description import read_description
-from tightfit.planner.fleet.fleet_planner import MemberSpec
 from tightfit.planner.fleet.io import (
     load_fleet,
     load_member_plan,
@@ -16,7 +16,7 @@ from tightfit.planner.fleet.io import (
     save_fleet,
     sealed_fleet,
 )
-from tightfit.planner.fleet.rounds import plan_split
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.simulate import InvalidFleet, simulate_fleet
 from tightfit.planner.report.fleet_text import fleet_sentences
@@ -26,7 +26,7 @@ from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.units import format_seconds
 
 FLOWER = 2 * MIB
-OPTIONS = {"flower_bytes": FLOWER, "start_seconds": 1.0, "server_start_seconds": 0.5, "time_limit": 20.0}
+OPTIONS = {"flower_bytes": FLOWER, "start": 1.0, "server_start": 0.5, "time_limit": 20.0}
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from fleet_kinds import plan_federated, plan_kind, plan_pipeline, plan_split
 from synthetic import MIB
 
-from tightfit.planner.fleet.fleet_planner import MemberSpec, plan_kind, plan_pipeline
+from tightfit.planner.fleet.kinds.rounds import in_turn
+from tightfit.planner.fleet.members import MemberSpec
 from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, MemberPlans, StagePlans, while_there_is_time
-from tightfit.planner.fleet.rounds import in_turn, plan_federated, plan_split
 from tightfit.planner.fleet.schema import Link
 from tightfit.runtime.common.errors import InfeasibleError
 
@@ -106,7 +107,7 @@ def test_rounds(crowd, solves):
     """Those that were not planned have the plans of others."""
     count = 1000
     devices = crowd(count)
-    fleet, plans = plan_federated(devices, 4 * count, flower_bytes=FLOWER, start_seconds=0.1, time_limit=NONE)
+    fleet, plans = plan_federated(devices, 4 * count, flower_bytes=FLOWER, start=0.1, time_limit=NONE)
     assert solves == {"AlonePlans": ALWAYS}
     taking = fleet.names
     assert taking == [*plans]
@@ -135,7 +136,7 @@ def test_rounds_of_devices_that_nobody_could_plan(crowd, unlike, solves):
 def test_split_rounds(crowd, solves):
     count = 100
     server = replace(crowd(1)[0], name="server", budget_bytes=60 * MIB)
-    options = {"flower_bytes": FLOWER, "start_seconds": 0.1, "server_start_seconds": 0.1, "time_limit": NONE}
+    options = {"flower_bytes": FLOWER, "start": 0.1, "server_start": 0.1, "time_limit": NONE}
     fleet, plans = plan_split(server, crowd(count), 2 * count, **options)
     assert solves["AlonePlans"] <= ALWAYS
     assert solves["StagePlans"] <= 4 * ALWAYS

@@ -42,8 +42,9 @@ def planned(monkeypatch):
     """Let the planner answer with the sample; returns what it was asked for and what was saved."""
     asked = {}
 
-    def plan_kind(members, micro_batches, **options):
-        asked.update(options, members=[(m.name, m.budget_bytes, m.link) for m in members], micro_batches=micro_batches)
+    def plan_fleet(described, **options):
+        members = [(m.name, m.budget_bytes, m.link) for m in described.members]
+        asked.update(options, members=members, micro_batches=described.count)
         return sample_fleet(), member_plans(), "data parallel: for a reason"
 
     def save_fleet(fleet, plans, folder):
@@ -52,7 +53,7 @@ def planned(monkeypatch):
         (folder / "fleet.json").write_text(fleet.model_dump_json())
         return folder / "fleet.json"
 
-    monkeypatch.setattr(planner, "plan_kind", plan_kind)
+    monkeypatch.setattr(planner, "plan_fleet", plan_fleet)
     monkeypatch.setattr(fleet_io, "save_fleet", save_fleet)
     return asked
 
@@ -69,7 +70,7 @@ def test_a_fleet_is_planned_written_and_told(tightfit, planned, described, tmp_p
     assert names == [("laptop", 320, 0.0), ("phone", 250, 0.002)]
     assert {link.up_bytes_per_second for _, _, link in planned["members"]} == {12.5e6}
     assert (planned["micro_batches"], planned["time_limit"]) == (8, 120.0)
-    assert (planned["kind"], planned["bits"]) == ("auto", 0)
+    assert (planned["kind"], planned["bits"]) == ("auto", None)
     assert "data parallel: for a reason" in err.splitlines()
     assert planned["saved"] == (sample_fleet(), ["laptop", "phone"])
 
@@ -87,20 +88,17 @@ def test_options_reach_the_planner(tightfit, planned, described, tmp_path):
     ("words", "message"),
     [
         (("--kind", "tensor"), "--kind 'tensor': it should be 'auto', 'data', 'pipeline', 'mobillm' or 'federated'"),
-        (("--bits", 5), "--bits 5: it should be 0 or 8"),
-        (("--start", 2), "--start is for fleets of another kind; plan auto without it"),
+        (("--bits", 5), "--bits 5: it should be 0, 4 or 8"),
+        (("--start", 2), "--start 2.0 is for fleets of another kind; plan auto without it"),
         (("--kind", "data", "--steps", 8), "--steps is for fleets of another kind; plan data without it"),
         (
             ("--kind", "federated", "--steps", 4, "--bits", 8),
-            "--bits is for fleets of another kind; plan federated without it",
+            "--bits 8 is for fleets of another kind; plan federated without it",
         ),
-        (
-            ("--kind", "data", "--bits", 8),
-            "--bits 8: only a pipeline has messages of numbers; leave it out, or ask for kind pipeline",
-        ),
+        (("--kind", "data", "--bits", 8), "--bits 8 is for fleets of another kind; plan data without it"),
     ],
 )
-def test_kinds_and_bits_that_are_none(tightfit, planned, described, tmp_path, words, message):
+def test_kinds_and_bits_that_are_none(tightfit, described, tmp_path, words, message):
     assert tightfit("fleet", "plan", described, "-o", tmp_path / "out", *words) == (2, "", f"tightfit: {message}\n")
 
 
@@ -129,10 +127,10 @@ def test_what_was_planned_is_told_even_where_it_cannot_be_written(tightfit, plan
 
 
 def test_a_fleet_that_nobody_can_hold_says_so(tightfit, described, tmp_path, monkeypatch):
-    def plan_kind(*_, **__):
+    def plan_fleet(*_, **__):
         raise InfeasibleError("no member can hold a micro-batch; give one of them more memory")
 
-    monkeypatch.setattr(planner, "plan_kind", plan_kind)
+    monkeypatch.setattr(planner, "plan_fleet", plan_fleet)
     code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out")
     assert (code, out) == (3, "")
     assert err == "tightfit: no member can hold a micro-batch; give one of them more memory\n"

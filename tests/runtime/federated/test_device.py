@@ -23,7 +23,7 @@ from tightfit.runtime.federated.messages import Answer, Order
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
-    return folder, *tiny_fleet(folder, steps=4, ranks=(4, 2), speeds=(1e-3, 1e-3), start_seconds=1.0)
+    return folder, *tiny_fleet(folder, steps=4, ranks=(4, 2), speeds=(1e-3, 1e-3), start=1.0)
 
 
 @pytest.fixture

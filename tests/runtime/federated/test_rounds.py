@@ -28,13 +28,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planned(folder):
-    return tiny_fleet(folder, steps=6, ranks=(4, 4, 4), speeds=(1e-3, 1e-3, 1e-3), start_seconds=1.0)
+    return tiny_fleet(folder, steps=6, ranks=(4, 4, 4), speeds=(1e-3, 1e-3, 1e-3), start=1.0)
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
-    return tiny_fleet(folder, steps=6, ranks=(4, 2), speeds=(1e-3, 1e-3), start_seconds=1.0)
+    return tiny_fleet(folder, steps=6, ranks=(4, 2), speeds=(1e-3, 1e-3), start=1.0)
 
 
 class Devices:

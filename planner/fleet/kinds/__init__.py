@@ -1,0 +1,1 @@
+"""The kinds of fleets: how each is searched, what its plan states, and what it is compared with."""
