@@ -7,7 +7,7 @@ import { chartBox } from "./lines.js";
 import { gapWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { showLoss } from "./run_report.js";
 import { nameOf as runName, STATES } from "./runs.js";
-import { action, to } from "./shell.js";
+import { action, to } from "./addresses.js";
 import { letter, sideBySide } from "./side_by_side.js";
 import { showSteps, stepOf } from "./timeline.js";
 

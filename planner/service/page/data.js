@@ -4,7 +4,7 @@
 import { get, plainly, upload, work } from "./api.js";
 import { html } from "./charts.js";
 import { button, dialog, empty, list, mib, percent, progress, scrolling, table, when } from "./components.js";
-import { action } from "./shell.js";
+import { action } from "./addresses.js";
 
 export const RANDOM = "random";
 const SHOWN = 12; // samples of a preview at first

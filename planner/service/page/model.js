@@ -9,7 +9,7 @@ import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { deleted, estimated, measuredModel, measuring, nameOf, origin, shapeWords } from "./models.js";
 import { gapWords, inWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
-import { action, complain, go, to } from "./shell.js";
+import { action, complain, go, to } from "./addresses.js";
 import { choose } from "./sources.js";
 
 const LOOK = 1.5, ROUGH = 1.5, FINE = 15, LONG = 60; // seconds for a plan: to see where the curve lies, to sketch it, to draw it, to find a smaller one

@@ -3,7 +3,7 @@
 import { finish, get, openJobs, pageOf, post, remove } from "./api.js";
 import { html, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, mib, progress, section, when } from "./components.js";
-import { action, complain, go, to } from "./shell.js";
+import { action, complain, go, to } from "./addresses.js";
 import { choose, dropZone } from "./sources.js";
 
 const PAGE = 50, LATELY = 86400; // items fetched at once; seconds for which a measurement that failed is told of

@@ -9,7 +9,7 @@ import { asked, beside, complete, forget } from "./forms.js";
 import { again, latestModel } from "./model.js";
 import { nameOf as nameOfModel, stepOf } from "./models.js";
 import { SOLVER, unusual } from "./rules.js";
-import { action, complain, go, to } from "./shell.js";
+import { action, complain, go, to } from "./addresses.js";
 
 const EPOCHS = 1;
 const PADDED = 0.3; // share of padding from which something is offered against it

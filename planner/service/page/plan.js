@@ -5,7 +5,7 @@ import { atLeast, html, kindColour, seconds, size } from "./charts.js";
 import { bar, button, card, confirmed, editable, heading, mib, note, numbers, percent, scrolling, section, table, when } from "./components.js";
 import { explained } from "./glossary.js";
 import { inWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
-import { action, go, to } from "./shell.js";
+import { action, go, to } from "./addresses.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const ROWS = 60; // of a table of layers, before one asks for more

@@ -5,7 +5,7 @@ import { html, seconds, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, when } from "./components.js";
 import { nameOf as nameOfModel } from "./models.js";
 import { gapWords, nameOfPlan as nameOf, nameOfRule, SOLVER, unusual } from "./rules.js";
-import { action, go, to } from "./shell.js";
+import { action, go, to } from "./addresses.js";
 
 const AT_ONCE = 50;
 

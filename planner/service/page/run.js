@@ -9,7 +9,7 @@ import { chartBox, smoothed } from "./lines.js";
 import { leftInRun, phaseList, phasesOf } from "./phases.js";
 import { reportTable, showLoss, showMemory } from "./run_report.js";
 import { heldOutOf, lossOf, nameOf, peakOf, stateOf } from "./runs.js";
-import { action, go, to } from "./shell.js";
+import { action, go, to } from "./addresses.js";
 import { slower, warnings } from "./warnings.js";
 
 const REDRAW = 250; // ms between two drawings of a run under way

@@ -3,7 +3,7 @@
 import { get, isOpen, pageOf, post, remove } from "./api.js";
 import { html, seconds } from "./charts.js";
 import { button, confirmed, empty, heading, list, mib, when } from "./components.js";
-import { action, go, to } from "./shell.js";
+import { action, go, to } from "./addresses.js";
 
 const PAGE = 50;
 export const STATES = { queued: "waits", running: "under way", succeeded: "done", failed: "failed", cancelled: "cancelled", interrupted: "interrupted" };

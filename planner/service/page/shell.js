@@ -4,10 +4,11 @@
 // ends when `place.signal` is aborted, as another place is opened then. `place.id` and `place.query` come from the address,
 // `#/models/ID?budget=…`; `place.keep({budget})` changes the query without leaving the place, so that reloading finds it again.
 
-import { get, hasToken, Refused, setToken } from "./api.js";
 import { showActivity, watchActivity } from "./activity.js";
+import { action, complain, TOKEN_WANTED, to } from "./addresses.js";
+import { get, hasToken, Refused, setToken } from "./api.js";
 import { html } from "./charts.js";
-import { announce, empty, heading, loading } from "./components.js";
+import { empty, heading, loading } from "./components.js";
 
 const PLACES = [
   { name: "", label: "Start", load: () => import("./start.js") },
@@ -25,14 +26,6 @@ const $ = (id) => document.getElementById(id);
 let left = new AbortController();
 
 // --- addresses --------------------------------------------------------------------------------------------------------
-
-// The address of a place: `to("models", id, {budget})`.
-export function to(name, id = "", query = {}) {
-  const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "")).toString();
-  return `#/${[name, id].filter(Boolean).map(encodeURIComponent).join("/")}${asked ? `?${asked}` : ""}`;
-}
-
-export const go = (...where) => { location.hash = to(...where); };
 
 function here() {
   const [path, asked = ""] = location.hash.replace(/^#\/?/, "").split("?");
@@ -80,22 +73,7 @@ function keep(name, id, query, more) {
   history.replaceState(null, "", to(name, id, query));
 }
 
-// --- what goes wrong --------------------------------------------------------------------------------------------------
-
-export function complain(error) {
-  if (error?.name === "AbortError") return;
-  if (error instanceof Refused && error.status === 401) return askForToken();
-  $("problem").replaceChildren(error.message, html("button", { type: "button", class: "quiet close", "aria-label": "Close", click: () => { $("problem").hidden = true; } }, "×"));
-  $("problem").hidden = false;
-  announce(error.message);
-}
-
-// A handler that clears the last complaint and tells what goes wrong; `passing`: what the browser does with the event is left to it.
-export const action = (run, { passing = false } = {}) => async (event) => {
-  if (!passing) event?.preventDefault?.();
-  $("problem").hidden = true;
-  try { await run(event); } catch (error) { complain(error); }
-};
+// --- the token --------------------------------------------------------------------------------------------------------
 
 // Ask for the token, once however many requests were refused for want of one.
 function askForToken() {
@@ -140,5 +118,6 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   complain(new Error(`Nothing here takes ${event.dataTransfer.files[0].name}: models, plans and profiles are dropped on “Models”, data where a fine-tuning is prepared.`));
 });
+addEventListener(TOKEN_WANTED, askForToken);
 addEventListener("hashchange", open);
 open();

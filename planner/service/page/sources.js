@@ -5,7 +5,7 @@ import { html, size } from "./charts.js";
 import { button, dialog, empty, field, loading, progress } from "./components.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { headerOf, parametersOf, precisionOf } from "./headers.js";
-import { go } from "./shell.js";
+import { go } from "./addresses.js";
 
 const HEADERS = [".gguf", ".safetensors"];
 const LARGE = 3e9; // parameters from which on measuring with random weights is not what somebody wants first

@@ -7,7 +7,7 @@ import { nameOf as nameOfModel } from "./models.js";
 import { nameOfPlan } from "./rules.js";
 import { nameOf as nameOfRun, stateOf } from "./runs.js";
 import { choose, dropZone } from "./sources.js";
-import { complain, go, to } from "./shell.js";
+import { complain, go, to } from "./addresses.js";
 import { showStep, stepOf } from "./timeline.js";
 
 const LATEST = 6, AGAIN = 2000; // ms between two looks for the example's plans
