@@ -56,7 +56,7 @@ def test_the_plan_says_what_passes_and_what_comes_of_it(tightfit, described, tmp
     ("words", "said"),
     [
         (["--steps", "8"], "--steps is for fleets of another kind"),
-        (["--bits", "5"], "5 bits: a message has numbers of 4, 8 bits"),
+        (["--bits", "5"], "--bits 5: it should be 0, 4 or 8"),
     ],
 )
 def test_what_there_is_not_is_refused(tightfit, described, tmp_path, words, said):
