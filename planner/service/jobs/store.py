@@ -813,24 +813,24 @@ def _fault(row: Row) -> Exception | None:
     return None
 
 
-def _kind_and_id(row: Row) -> tuple[bytes, bytes]:
+def _kind_and_id(row: Row) -> dict[str, bytes]:
     """Kind and id of a file's row, whatever is in them, for statements that compare them with bytes."""
     kind, identity = (
         value if isinstance(value, bytes) else str(value).encode(errors="surrogateescape")
         for value in (row["kind"], row["id"])
     )
-    return kind, identity
+    return {"kind": kind, "id": identity}
 
 
 def _forget(database: sqlite3.Connection, row: Row, *, runs: bool) -> None:
     """Remove a file's row, and the jobs that have ended and cannot answer without it; those whose results are folders
     of their own, runs and what was merged of them, only if `runs`, together with the rows of these folders.
     """
-    of_file = "kind IN (?1, CAST(?1 AS TEXT)) AND {} IN (?2, CAST(?2 AS TEXT))"
+    of_file = "kind IN (:kind, CAST(:kind AS TEXT)) AND {} IN (:id, CAST(:id AS TEXT))"
     gone = database.execute(
         f"DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE {of_file.format('file')})"  # noqa: S608  constants
-        f" AND state NOT IN ('queued', 'running') AND (?3 OR kind NOT IN ('run', 'merge')) RETURNING id",
-        (*_kind_and_id(row), runs),
+        f" AND state NOT IN ('queued', 'running') AND (:runs OR kind NOT IN ('run', 'merge')) RETURNING id",
+        _kind_and_id(row) | {"runs": runs},
     ).fetchall()
     database.execute(f"DELETE FROM files WHERE {of_file.format('id')}", _kind_and_id(row))  # noqa: S608  constants
     database.executemany("DELETE FROM files WHERE kind = 'folder' AND id = ?", [(job["id"],) for job in gone])
