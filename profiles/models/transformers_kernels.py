@@ -451,7 +451,7 @@ def _half_split(rotate: Callable[..., Any]) -> str:
     """Whether the function rotates the halves of (q, k), "pair", or of one tensor, "one", as our attention does; else
     "".
     """
-    names = list(inspect.signature(rotate).parameters)
+    names = list(_signature(rotate).parameters)
     kind = "pair" if names[:4] == ["q", "k", "cos", "sin"] else "one" if names[1:3] == ["cos", "sin"] else ""
     if not kind:
         return ""
@@ -467,10 +467,15 @@ def _half_split(rotate: Callable[..., Any]) -> str:
     return kind if all(same(ours, result) for result in results) else ""
 
 
+def _signature(rotate: Callable[..., Any]) -> inspect.Signature:
+    """With the package `kernels`, functions that it could replace are modules in transformers, with a forward."""
+    return inspect.signature(rotate.forward if isinstance(rotate, nn.Module) else rotate)
+
+
 def _remembering(rotate: Callable[..., Any], kind: str, context: Context) -> Callable[..., Any]:
     def remembered(*args: Any, **kwargs: Any) -> Any:
         made = rotate(*args, **kwargs)
-        named = inspect.signature(rotate).bind(*args, **kwargs).arguments
+        named = _signature(rotate).bind(*args, **kwargs).arguments
         cos = named["cos"]
         table = context.tables.get(_storage(cos))
         if table is not None and _same_window(table[0], cos):

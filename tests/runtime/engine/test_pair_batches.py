@@ -71,5 +71,5 @@ def test_both_answers_of_a_pair_are_packed_into_one_batch(folder, loss, lengths,
                 assert ((labels[held & (positions == 0)] >= 0) == likely).all()
         assert (numbers[(input_ids == 0) | (positions == 0)] == -1).all()
     assert sorted(seen) == list(range(len(lengths)))
-    assert batches.evaluation_count(inputs) <= steps + 1
+    assert batches.evaluation_count(inputs) <= 2 * steps  # it packs pairs as they come, which takes no more than twice
     batches.close()
