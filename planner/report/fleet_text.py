@@ -71,11 +71,12 @@ def _table(sheet: Sheet) -> Table:
 def fleet_sheet(fleet: FleetPlan) -> Sheet:
     """What each member that computes does and holds, in the order of the replicas."""
     columns = COLUMNS[fleet.kind]
-    unit = unit_of(min((member.budget_bytes for member in fleet.members if member not in fleet.idle), default=0))
+    unit = unit_of(min((fleet.member(part.member).budget_bytes for part in fleet.parts), default=0))
     rows = [
-        [_cell(fleet, replica, part, column, unit) for column in columns]
+        [cells[column]() for column in columns]
         for replica in fleet.replicas
         for part in (replica.parts[:1] if fleet.in_rounds else replica.parts)
+        for cells in [_cells(fleet, replica, part, unit)]
     ]
     headings = [f"{column}, {unit.name}" if column == PEAK else column for column in columns]
     return Sheet(caption=_caption(fleet), headings=headings, rows=rows)
@@ -92,10 +93,11 @@ def _caption(fleet: FleetPlan) -> str:
     }[fleet.kind]
 
 
-def _cell(fleet: FleetPlan, replica: Replica, part: Part, column: str, unit: Unit) -> str:
+def _cells(fleet: FleetPlan, replica: Replica, part: Part, unit: Unit) -> dict[str, Callable[[], str]]:
+    """By heading, of any kind: a part's cell, which is made where its fleet has that column."""
     member, turn = fleet.member(part.member), replica.turn
     first, last = part.layers or (0, 0)
-    cells: dict[str, Callable[[], str]] = {
+    return {
         "member": lambda: member.name,
         "device": lambda: printable(member.device),
         PEAK: lambda: f"{unit.amount(part.peak_bytes)} of {unit.amount(member.budget_bytes)}",
@@ -121,7 +123,6 @@ def _cell(fleet: FleetPlan, replica: Replica, part: Part, column: str, unit: Uni
             f"{unit.amount(replica.parts[-1].peak_bytes)} of {unit.amount(fleet.member(SERVER).budget_bytes)}"
         ),
     }
-    return cells[column]()
 
 
 def part_words(fleet: FleetPlan, name: str) -> str:

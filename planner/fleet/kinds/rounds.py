@@ -70,6 +70,11 @@ def turn_of(way: Way, begin: float) -> Turn:
     return Turn(head_seconds=way.head, begin_seconds=begin, service_seconds=way.service, tail_seconds=way.tail)
 
 
+def round_seconds(replicas: Sequence[Replica]) -> float:
+    """Until the last answer has arrived, added up as the judge does."""
+    return max(replica.turn.answered_seconds for replica in replicas if replica.turn is not None)
+
+
 def in_turn(plans: Sequence[object], budgets: Sequence[Any]) -> list[int]:
     """A member for each budget of each of `plans`, which are those of equal members, in an order in which the first few
     are of use to all: of equal members those with the smallest and the largest budget, then those in the middle between
@@ -140,14 +145,14 @@ class WholeRounds(Rounds):
         self.paces = [self._pace(at, math.inf if plan is None else plan.step_seconds) for at, plan in enumerate(plans)]
         hoped = [self._pace(at, self._bound(at, plan)) for at, plan in enumerate(plans)]
         taken = self._shared_out(self.paces)
-        makespan, bound = makespan_of(self.paces, taken), makespan_of(hoped, self._shared_out(hoped))
+        bound = makespan_of(hoped, self._shared_out(hoped))
         replicas = [
             self._replica(at, plan, count) for at, (plan, count) in enumerate(zip(plans, taken)) if plan and count
         ]
         fleet = self.stated(
             replicas,
             lambda at: self._reason(at, plans[at]),
-            **figures_of(makespan, bound),
+            **figures_of(round_seconds(replicas), bound),
             rank=max(rank_of(profiles[at]) for at in able),
             trained_bytes=self.down_bytes,
             baselines=self._baselines(),

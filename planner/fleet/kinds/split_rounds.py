@@ -22,7 +22,7 @@ from tightfit.planner.fleet.description import DescribedFleet
 from tightfit.planner.fleet.fleet_search import DivisionSearch, Pipeline
 from tightfit.planner.fleet.kinds.frame import figures_of
 from tightfit.planner.fleet.kinds.pipeline import stage_fields
-from tightfit.planner.fleet.kinds.rounds import Rounds, WholePlans, in_turn, turn_of
+from tightfit.planner.fleet.kinds.rounds import Rounds, WholePlans, in_turn, round_seconds, turn_of
 from tightfit.planner.fleet.members import (
     MemberSpec,
     check_one_model,
@@ -152,7 +152,7 @@ class SplitRounds(Rounds):
         fleet = self.stated(
             replicas,
             self._reason,
-            **figures_of(serving.makespan, ideal.bound),
+            **figures_of(round_seconds(replicas), ideal.bound),
             **self.exactness(taking | {SERVER: profile}),
             rank=rank_of(profile),
             trained_bytes=sum(tensor.bytes for tensor in trained_tensors(profile)),
