@@ -71,5 +71,6 @@ def test_both_answers_of_a_pair_are_packed_into_one_batch(folder, loss, lengths,
                 assert ((labels[held & (positions == 0)] >= 0) == likely).all()
         assert (numbers[(input_ids == 0) | (positions == 0)] == -1).all()
     assert sorted(seen) == list(range(len(lengths)))
-    assert batches.evaluation_count(inputs) <= 2 * steps  # it packs pairs as they come, which takes no more than twice
+    # An evaluation packs pairs in their own order, an epoch in a drawn one: of 30,000 drawn epochs 3 of 24 was the most.
+    assert batches.evaluation_count(inputs) <= min(2 * steps, steps + 2 + steps // 8)
     batches.close()
