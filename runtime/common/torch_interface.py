@@ -7,7 +7,7 @@ the code (`tests/whole/test_torch_interface.py`), and looks each name up in the 
 from __future__ import annotations
 
 TRIED = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14")
-"""versions whose kernels start without PyTorch's Python; `make test` has run whole with 2.13, and in part with 2.14"""
+"""versions whose kernels start without PyTorch's Python; `make test` has run whole with 2.13 and 2.14"""
 PRIVATE = {
     "torch._C": "the native library, which the training process loads by itself",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "whether an operator has a kernel of its own",
