@@ -213,7 +213,7 @@ class _ComparisonTable:
                 bound = solver_bound = planner.class_bound(plan)
             else:
                 plan = planner.plan(budget, policy=policy, time_limit=limit)
-                if solver_bound is not None and plan.status != "infeasible" and plan.exact:
+                if solver_bound is not None and plan.fits and plan.exact:
                     plan = rebudgeted(plan, bound_seconds=solver_bound)
                 bound = plan.bound_seconds
             yield _ComparedPlan(plan=plan, bound_seconds=bound)
@@ -240,7 +240,7 @@ class _ComparisonTable:
         best: Plan | None = None
         for budget in budgets:
             plan = by_budget[budget]
-            if plan.status == "infeasible":
+            if not plan.fits:
                 continue
             if best is not None and best.step_seconds < plan.step_seconds:
                 plan = by_budget[budget] = rebudgeted(
@@ -254,11 +254,11 @@ class _ComparisonTable:
 
 def _fitting(by_budget: dict[int, Plan], budgets: Sequence[int]) -> None:
     """Where a policy's search found no plan, take the fastest of its plans at other budgets that fits."""
-    feasible_plans = [plan for plan in by_budget.values() if plan.status != "infeasible"]
+    feasible_plans = [plan for plan in by_budget.values() if plan.fits]
     for budget in budgets:
         current = by_budget[budget]
         fitting = [plan for plan in feasible_plans if plan.peak_bytes <= budget]
-        if current.status == "infeasible" and fitting:
+        if not current.fits and fitting:
             fastest = min(fitting, key=lambda plan: plan.step_seconds)
             # A lower bound at a larger budget is one at this budget too.
             any_bound = max(current.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
@@ -266,13 +266,13 @@ def _fitting(by_budget: dict[int, Plan], budgets: Sequence[int]) -> None:
 
 
 def _one_smallest(by_budget: dict[int, Plan], budgets: Sequence[int]) -> None:
-    """State the same smallest budget in all infeasible plans of a policy: the smallest that any of
+    """State the same smallest budget in all plans of a policy without a schedule: the smallest that any of
     its plans knows of.
     """
     lowest = min(by_budget.values(), key=_enough, default=None)
     for budget in budgets:
         plan = by_budget[budget]
-        if lowest is not None and plan.status == "infeasible" and budget < _enough(lowest) < _enough(plan):
+        if lowest is not None and not plan.fits and budget < _enough(lowest) < _enough(plan):
             # The reason in this plan was about another smallest plan.
             update = {
                 "minimum_budget_bytes": _enough(lowest),
@@ -284,6 +284,6 @@ def _one_smallest(by_budget: dict[int, Plan], budgets: Sequence[int]) -> None:
 
 def _enough(plan: Plan) -> int:
     """A budget in bytes that is known to be large enough for the policy, from this plan."""
-    if plan.status != "infeasible":
+    if plan.fits:
         return plan.peak_bytes
     return sys.maxsize if plan.minimum_budget_bytes is None else plan.minimum_budget_bytes

@@ -8,9 +8,10 @@ import time
 from dataclasses import replace
 from functools import cached_property
 
+from tightfit.planner.cutoff import Clock, Cutoff
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.known_plans import remember_smallest, smallest_known
-from tightfit.planner.plan_result import answered, drafted, drafted_phase, rebudgeted, sealed, too_small
+from tightfit.planner.plan_result import answered, drafted, drafted_phase, rebudgeted, sealed, too_small, until_known
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.clipping import refuse_clipping
 from tightfit.planner.problem.device_forward import device_forward
@@ -18,12 +19,10 @@ from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.problem.optimizers import refuse_other_optimizers
 from tightfit.planner.schedule.lowering import DraftInstruction, instructions, tensor_decisions
-from tightfit.planner.schedule.realize import CyclePart, Schedule, realize_cycle, smallest_cycle
+from tightfit.planner.schedule.realize import CyclePart, Schedule, fewest_bytes, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.search_options import (
     ALL,
-    ANY_SHARE,
-    LEAST_SHARE,
     NEIGHBOUR_BYTES,
     TIME_LIMIT,
     SearchOptions,
@@ -31,11 +30,10 @@ from tightfit.planner.search_options import (
     checked_budget,
     checked_gap,
     checked_limit,
-    finish_seconds,
 )
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.minimum_budget import lower_peak
-from tightfit.planner.solve.model_search import SearchResult, Solver, share_of
+from tightfit.planner.solve.model_search import SearchResult, Solver
 from tightfit.planner.solve.policies import POLICIES, policy_parts
 from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.gc_pause import paused_collector
@@ -44,8 +42,9 @@ from tightfit.runtime.common.gc_pause import paused_collector
 class ModelPlanner:
     """Plans one model's step at any number of budgets; later searches reuse what earlier ones found and proved."""
 
-    def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
-        self.profile, self.options = profile, options
+    def __init__(self, profile: Profile, options: SearchOptions = ALL, now: Clock = time.monotonic) -> None:
+        """`now`: the clock by which time limits are kept."""
+        self.profile, self.options, self.now = profile, options, now
         self.problem: LayeredStep = layered(profile)
         self.solver = Solver(self.problem, options)
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
@@ -63,38 +62,40 @@ class ModelPlanner:
         budget_bytes: int,
         *,
         policy: str | None = None,
-        time_limit: float = TIME_LIMIT,
+        time_limit: float | None = TIME_LIMIT,
         gap: float = 0.0,
         progress: SearchProgress | None = None,
     ) -> Plan:
         """As `tightfit.planner.plan.plan`, reusing what was found at earlier budgets."""
+        if time_limit is None:
+            return until_known(
+                lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress)
+            )
         if policy == MOBILLM:
             device_plan = self._device_planner.plan(budget_bytes, time_limit=time_limit, gap=gap, progress=progress)
             self.interrupted = self._device_planner.interrupted
             return self._as_own_plan(device_plan)
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
-        started = time.monotonic()
-        deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
+        cutoff = Cutoff(time_limit, self.now)
         name = policy or "solver"
-        any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
+        any_bound = self._any_bound(budget_bytes, name, cutoff)
         outcome = SearchResult(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
         below_start = budget_bytes < self.profile.device.floor.start_peak_bytes
         if not below_start and name != "solver":
-            outcome = self._search_rule(budget_bytes, name, any_bound, deadline)
-        elif not below_start and (
-            not self.solver.tight(budget_bytes) or self.solver.reaches(budget_bytes, share_of(LEAST_SHARE, deadline))
-        ):
-            outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound, gap=gap)
+            outcome = self._search_rule(budget_bytes, name, any_bound, cutoff)
+        elif not below_start:
+            outcome = self.solver.solve(budget_bytes, cutoff, progress, bound=any_bound, gap=gap)
         self.interrupted = outcome.interrupted
         if outcome.schedule is None:
-            lowest, timely = self._lowest_schedule(name, deadline)
+            lowest, ended = self._lowest_schedule(name, cutoff)
             if lowest.peak_bytes > budget_bytes:
                 smallest = self._lowest_plan(name, lowest)
                 if smallest.peak_bytes <= budget_bytes:
                     return rebudgeted(smallest, budget_bytes=budget_bytes, bound_seconds=any_bound, any_bound=any_bound)
-                return self._infeasible(budget_bytes, smallest, any_bound, started, timely=timely)
-            outcome = replace(outcome, schedule=lowest, fallback=False, deterministic=timely and outcome.deterministic)
-        return self._finish(budget_bytes, name, outcome, started, asked=gap)
+                ended = ended and outcome.deterministic
+                return self._infeasible(budget_bytes, smallest, any_bound, cutoff, ended=ended)
+            outcome = replace(outcome, schedule=lowest, deterministic=ended and outcome.deterministic)
+        return self._finish(budget_bytes, name, outcome, cutoff, asked=gap)
 
     def class_bound(self, solved: Plan) -> float:
         """The best lower bound, in seconds, on every plan of the class that was proven for the budget of `solved`, a
@@ -109,22 +110,25 @@ class ModelPlanner:
         """The planner of the step of the policy `MOBILLM`, for which the solver decides as for any step."""
         refuse_clipping(self.profile, MOBILLM)
         refuse_other_optimizers(self.profile.optimizer, MOBILLM, "trains a side network on a server, with AdamW")
-        return ModelPlanner(device_forward(self.profile), self.options)
+        return ModelPlanner(device_forward(self.profile), self.options, self.now)
 
     def _as_own_plan(self, plan: Plan) -> Plan:
         """A plan of `_device_planner` as one of this profile."""
         return sealed(plan.model_copy(update={"policy": MOBILLM, "profile_fingerprint": self.profile.fingerprint}))
 
-    def _search_rule(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> SearchResult:
-        schedule = self._realize_rule(policy, budget_bytes, deadline)
-        timely = time.monotonic() <= deadline
-        return SearchResult(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
+    def _search_rule(self, budget_bytes: int, policy: str, bound: float, cutoff: Cutoff) -> SearchResult:
+        schedule, ended = None, True
+        try:
+            schedule = self._realize_rule(policy, budget_bytes, cutoff)
+        except TimeoutError:
+            ended = False
+        return SearchResult(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=ended)
 
-    def _realize_rule(self, policy: str, budget_bytes: int, deadline: float = float("inf")) -> Schedule | None:
+    def _realize_rule(self, policy: str, budget_bytes: int, cutoff: Cutoff) -> Schedule | None:
         parts = self._cycle_of(policy)
         taken = max(part.problem.taken_bytes for part in parts)
         room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
-        return realize_cycle(parts, room, deadline)[0]
+        return realize_cycle(parts, room, cutoff)[0]
 
     def _cycle_of(self, policy: str) -> tuple[CyclePart, ...]:
         if policy not in self._parts:
@@ -135,12 +139,12 @@ class ModelPlanner:
     def _any_schedule(self) -> AnyScheduleBound:
         return AnyScheduleBound(self.problem)
 
-    def _any_bound(self, budget_bytes: int, policy: str, time_limit: float) -> float:
+    def _any_bound(self, budget_bytes: int, policy: str, cutoff: Cutoff) -> float:
         """A lower bound in seconds on any schedule of the step within the budget; for a policy with steps of its own
         (MeZO, LCSB), on their mean.
         """
         if policy == "solver" or policy in POLICIES:
-            return self._any_schedule.step_seconds(budget_bytes, time_limit)
+            return self._any_schedule.step_seconds(budget_bytes, cutoff)
         parts = self._cycle_of(policy)
         if policy not in self._relaxed:
             self._relaxed[policy] = tuple(
@@ -149,8 +153,7 @@ class ModelPlanner:
                 )
                 for part in parts
             )
-        time_limit_each = time_limit / len(parts)
-        bounds = [step.step_seconds(budget_bytes, time_limit_each) for step in self._relaxed[policy]]
+        bounds = [step.step_seconds(budget_bytes, cutoff) for step in self._relaxed[policy]]
         seconds = sum(bounds) / len(parts)
         return 2 * seconds if parts[0].perturbed else seconds
 
@@ -162,19 +165,18 @@ class ModelPlanner:
 
         `time_limit` is in seconds. Raises TimeoutError where it is over before there is a bound.
         """
-        return self.solver.bound(budget_bytes, time.monotonic() + checked_limit(time_limit))
+        return self.solver.bound(budget_bytes, Cutoff(checked_limit(time_limit), self.now))
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
         if policy == MOBILLM:
             return self._as_own_plan(self._device_planner.smallest_plan(time_limit=time_limit))
-        time_limit = checked_limit(time_limit)
-        started = time.monotonic()
-        lowest, timely = self._lowest_schedule(policy or "solver", started + time_limit)
+        cutoff = Cutoff(checked_limit(time_limit), self.now)
+        lowest, ended = self._lowest_schedule(policy or "solver", cutoff)
         smallest = self._lowest_plan(policy or "solver", lowest)
-        any_bound = self._any_bound(smallest.peak_bytes, smallest.policy, ANY_SHARE * time_limit)
+        any_bound = self._any_bound(smallest.peak_bytes, smallest.policy, cutoff)
         plan = rebudgeted(smallest, bound_seconds=any_bound, any_bound=any_bound)
-        figures = {"deterministic": timely, "solve_seconds": time.monotonic() - started}
+        figures = {"deterministic": ended, "solve_seconds": cutoff.elapsed}
         return sealed(plan.model_copy(update=figures))
 
     def _lowest_plan(self, policy: str, lowest: Schedule) -> Plan:
@@ -187,7 +189,7 @@ class ModelPlanner:
         if known is not None and known.peak_bytes <= lowest.peak_bytes:
             return known
         result = SearchResult(schedule=lowest, bound_seconds=0.0, any_bound_seconds=0.0)
-        plan = self._known[policy] = self._finish(lowest.peak_bytes, policy, result, time.monotonic())
+        plan = self._known[policy] = self._finish(lowest.peak_bytes, policy, result, Cutoff(now=self.now))
         remember_smallest(self.profile, plan)
         return plan
 
@@ -217,40 +219,51 @@ class ModelPlanner:
         """
         if policy == MOBILLM:
             return self._device_planner.minimum(time_limit=time_limit)
-        deadline = time.monotonic() + checked_limit(time_limit)
+        cutoff = Cutoff(checked_limit(time_limit), self.now)
         name = policy or "solver"
-        lowest, timely = self._lowest_schedule(name, deadline)
+        lowest, ended = self._lowest_schedule(name, cutoff)
         # The plan at the smallest budget, made for its speed, may hold a few instructions less: then one is found below
         # that budget.
-        while name == "solver" and timely and (rest := deadline - time.monotonic()) > 0:
-            made = self.plan(lowest.peak_bytes, time_limit=rest)
+        while name == "solver" and ended and not cutoff.over:
+            made = self.plan(lowest.peak_bytes, time_limit=cutoff.left())
             if self.interrupted:
                 raise KeyboardInterrupt
             if made.peak_bytes >= lowest.peak_bytes:
                 break
-            lowest, timely = self._lowest_schedule(name, deadline)
+            lowest, ended = self._lowest_schedule(name, cutoff)
         return lowest
 
-    def _lowest_schedule(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
+    def _lowest_schedule(self, policy: str, cutoff: Cutoff) -> tuple[Schedule, bool]:
         if policy == "solver":
-            return self.solver.lowest_schedule(deadline)
+            return self.solver.lowest_schedule(cutoff)
         if policy not in self._minimum:
-            # Computed even if the deadline has passed, so that a fixed rule always has a plan where it fits.
-            self._minimum[policy] = smallest_cycle(self._cycle_of(policy)), False
+            # Nothing cuts this, so that a fixed rule always has a plan where it fits.
+            quick = replace(self.options, packing=False)
+            self._minimum[policy] = smallest_cycle(self._cycle_of(policy), options=quick), False
         lowest, ended = self._minimum[policy]
         if not ended:
-
-            def below(known: Schedule, step: int) -> Schedule | None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                return self._realize_rule(policy, known.peak_bytes - step)
-
-            lowest, ended = lower_peak(lowest, below, self.profile.device.floor.start_peak_bytes)
+            try:
+                packed = smallest_cycle(self._cycle_of(policy), cutoff)
+                lowest, ended = lower_peak(
+                    min(lowest, packed, key=lambda schedule: schedule.peak_bytes),
+                    lambda known, step: self._realize_rule(policy, known.peak_bytes - step, cutoff),
+                    self.profile.device.floor.start_peak_bytes,
+                )
+            except TimeoutError:
+                return lowest, False
             self._minimum[policy] = lowest, ended
         return lowest, ended
 
-    def _infeasible(self, budget: int, lowest_plan: Plan, any_bound: float, started: float, *, timely: bool) -> Plan:
-        """The answer where nothing fits the budget; `lowest_plan` is the plan of the lowest peak that is known."""
+    def _fewest_bytes(self, policy: str) -> int:
+        """No plan of the policy holds fewer, as far as that is proven by now."""
+        if policy == "solver":
+            return self.solver.fewest_bytes
+        parts = self._cycle_of(policy)
+        taken = max(part.problem.taken_bytes for part in parts)
+        return max(self.profile.device.floor.start_peak_bytes, taken + fewest_bytes(parts))
+
+    def _infeasible(self, budget: int, lowest_plan: Plan, any_bound: float, cutoff: Cutoff, *, ended: bool) -> Plan:
+        """The answer where nothing was found that fits; `lowest_plan` is the plan of the lowest peak that is known."""
         floor = lowest_plan.device.floor
         simulation = simulate(lowest_plan)
         smallest_bytes = simulation.peak_bytes
@@ -278,29 +291,29 @@ class ModelPlanner:
             lowest_plan,
             budget,
             minimum_bytes=smallest_bytes,
+            bound_bytes=self._fewest_bytes(lowest_plan.policy),
             reason=reason,
             any_bound=any_bound,
-            started=started,
-            deterministic=timely,
+            solve_seconds=cutoff.elapsed,
+            deterministic=ended,
         )
 
     # --- the answer ------------------------------------------------------------------------------------------------
 
     @paused_collector()
-    def _finish(self, budget: int, policy: str, outcome: SearchResult, started: float, *, asked: float = 0.0) -> Plan:
+    def _finish(self, budget: int, policy: str, outcome: SearchResult, cutoff: Cutoff, *, asked: float = 0.0) -> Plan:
         assert outcome.schedule is not None
         raw = self._assemble(budget, policy, outcome.schedule)
+        simulation = simulate(raw)
         return answered(
             raw,
-            simulate(raw),
+            simulation,
             bound_seconds=outcome.proven_seconds,
             any_bound=outcome.any_bound_seconds,
-            started=started,
+            solve_seconds=cutoff.elapsed,
             deterministic=outcome.deterministic,
             asked=asked,
-            stalled=outcome.stalled,
             interrupted=outcome.interrupted,
-            fallback=outcome.fallback,
         )
 
     def _assemble(self, budget: int, policy: str, schedule: Schedule) -> Plan:

@@ -1,8 +1,8 @@
 """The planner's entry points: plan a profile at a budget, find the smallest budget, list the policies.
 
-The answer is a `Plan` even where nothing fits (status infeasible). A `Planner` keeps what budgets share (layer types,
-columns, bounds), so that many budgets cost little more than one. Every plan is replayed by `simulate` before it is
-returned; its figures are the simulator's.
+The answer is a `Plan` even where nothing fits (status infeasible) or nothing was found (unknown). A `Planner` keeps
+what budgets share (layer types, columns, bounds), so that many budgets cost little more than one. Every plan is
+replayed by `simulate` before it is returned; its figures are the simulator's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def plan(profile: Profile, budget_bytes: int, options: PlanOptions) -> Plan:
     step, is proven to be at most `gap`; with 0 it goes on until the plan is proven optimal, it has stopped gaining, or
     `time_limit` seconds are over. `optimizer` is adamw (None), adam, sgd, momentum, lion or adafactor, whose states and
     updates the plan has. `max_grad_norm` scales the gradients of an update down, all of them together, to at most this
-    norm, as `torch.nn.utils.clip_grad_norm_` does; None: not at all. For a budget that is too small the plan has status
-    infeasible and states the smallest budget found and what sets it. `progress` is called with stage, incumbent, bound,
-    gap and seconds. Raises InputError for a profile, a policy or a number that cannot be used.
+    norm, as `torch.nn.utils.clip_grad_norm_` does; None: not at all. For a budget that is proven too small the plan has
+    status infeasible, for one at which no plan was found unknown; both state the smallest budget found, what sets it,
+    and what is proven of it. Without a `time_limit` it is `TIME_LIMIT`, and a search that has neither a plan nor that
+    proof by then goes on. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError for a
+    profile, a policy or a number that cannot be used.
     """
     adjusted = chosen(profile, options.optimizer, options.max_grad_norm)
     return planner_of(adjusted).plan(

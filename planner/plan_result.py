@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from tightfit.planner.instructions import Instruction
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Peak, Phase, Plan
+from tightfit.planner.search_options import LONGEST_LIMIT, TIME_LIMIT
 from tightfit.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -121,17 +122,15 @@ def answered(
     *,
     bound_seconds: float,
     any_bound: float,
-    started: float,
+    solve_seconds: float,
     deterministic: bool,
     asked: float = 0.0,
     stalled: bool = False,
     interrupted: bool = False,
-    fallback: bool = False,
 ) -> Plan:
     """`raw` with the simulator's figures, its bounds in seconds (`bound_seconds` for its class, `any_bound` for any
     schedule), its status and its fingerprint.
 
-    `started`: on the monotonic clock; `fallback`: whether it stands in for a plan that the search had no time to find;
     `asked`, `stalled` and `interrupted` as of `ended_by`.
     """
     step = simulation.step_seconds
@@ -150,7 +149,7 @@ def answered(
     return sealed(
         raw.model_copy(
             update={
-                "status": "fallback" if fallback else status,
+                "status": status,
                 "ended_by": ended if searched else None,
                 "peak_bytes": simulation.peak_bytes,
                 "step_seconds": step,
@@ -158,7 +157,7 @@ def answered(
                 "any_schedule_bound_seconds": any_schedule,
                 "gap": gap_to(step, bound),
                 "any_schedule_gap": gap_to(step, any_schedule),
-                "solve_seconds": time.monotonic() - started,
+                "solve_seconds": solve_seconds,
                 "deterministic": deterministic,
                 "workspace_bytes": simulation.workspace_bytes,
                 "train": simulation.train,
@@ -176,25 +175,28 @@ def too_small(
     budget_bytes: int,
     *,
     minimum_bytes: int,
+    bound_bytes: int,
     reason: str,
     any_bound: float,
-    started: float,
+    solve_seconds: float,
     deterministic: bool,
 ) -> Plan:
-    """The answer where nothing fits the budget. `smallest`: the plan of `minimum_bytes`, the smallest budget found;
-    `reason`: what sets that budget, in words.
+    """The answer where nothing was found that fits the budget: infeasible where that is proven. `smallest`: the plan of
+    `minimum_bytes`, the smallest budget found; `bound_bytes`: no plan of the class has a smaller one; `reason`: what
+    sets the smallest, in words.
     """
     return sealed(
         smallest.model_copy(
             update={
-                "status": "infeasible",
+                "status": "infeasible" if bound_bytes > budget_bytes else "unknown",
                 "budget_bytes": budget_bytes,
                 "bound_seconds": any_bound,
                 "any_schedule_bound_seconds": any_bound,
-                "solve_seconds": time.monotonic() - started,
+                "solve_seconds": solve_seconds,
                 "deterministic": deterministic,
                 "ended_by": None if deterministic else "time limit",
                 "minimum_budget_bytes": minimum_bytes,
+                "minimum_bound_bytes": min(bound_bytes, minimum_bytes),
                 "minimum_budget_reason": reason,
                 "decisions": {},
                 "resident": {},
@@ -212,6 +214,18 @@ def too_small(
             }
         )
     )
+
+
+def until_known(search: Callable[[float], Plan]) -> Plan:
+    """What `search` finds in the usual seconds; where it has neither a plan nor a proof that there is none, in twice as
+    many, and so on.
+    """
+    limit = TIME_LIMIT
+    made = search(limit)
+    while made.status == "unknown" and made.ended_by == "time limit" and limit < LONGEST_LIMIT:
+        limit = min(2 * limit, LONGEST_LIMIT)
+        made = search(limit)
+    return made
 
 
 def gap_to(step: float, bound: float) -> float:
@@ -243,7 +257,7 @@ def rebudgeted(
     if rerun_layers(plan_):
         # A plan with segments is outside the class: only the bound for any schedule applies to it.
         bound = any_schedule
-    solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
+    solved = plan_.policy == "solver" and plan_.fits
     status = status_of(plan_, bound) if solved else plan_.status
     ended = plan_.ended_by
     if solved and ended is not None and (status == "optimal") != (ended == "proof"):

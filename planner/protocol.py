@@ -23,7 +23,7 @@ class Planner(Protocol):
         budget_bytes: int,
         *,
         policy: str | None = None,
-        time_limit: float = TIME_LIMIT,
+        time_limit: float | None = TIME_LIMIT,
         gap: float = 0.0,
         progress: SearchProgress | None = None,
     ) -> Plan:

@@ -46,7 +46,9 @@ from tightfit.profiles.schema import (
     Tensor,
 )
 
-PLAN_VERSION = 9
+PLAN_VERSION = 10
+FITTING = frozenset({"optimal", "feasible"})
+"""those of a plan's states under which it has a schedule"""
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 
@@ -106,11 +108,11 @@ class Plan(FrozenRecord):
     fingerprint: str
     profile_fingerprint: str
     policy: str = Field(description="solver, or the name of the fixed rule")
-    status: Literal["optimal", "feasible", "fallback", "infeasible"] = Field(
+    status: Literal["optimal", "feasible", "infeasible", "unknown"] = Field(
         description=(
-            "optimal: proven the best of its class, to rounding; feasible: within `gap` of the best; fallback: the time"
-            " limit ended the search before it had a plan; infeasible: nothing fits. A fixed rule is feasible where it"
-            " fits"
+            "optimal: proven the best of its class, to rounding; feasible: within `gap` of the best; infeasible: proven"
+            " that no plan of its class fits; unknown: none was found, and none is proven not to be there. A fixed rule"
+            " is feasible where it fits"
         )
     )
     budget_bytes: int
@@ -137,7 +139,8 @@ class Plan(FrozenRecord):
             " was asked for; that it had stopped gaining; the time limit; or Ctrl-C. None: a fixed rule, or not said"
         ),
     )
-    minimum_budget_bytes: int | None = None
+    minimum_budget_bytes: int | None = Field(None, description="where nothing fits: the smallest budget that does")
+    minimum_bound_bytes: int | None = Field(None, description="proven: no plan of this class fits a smaller budget")
     minimum_budget_reason: str | None = None
     model: Model
     batch: int
@@ -168,6 +171,11 @@ class Plan(FrozenRecord):
         None,
         description="what a few steps of the plan took and held on the machine that it is for; None: not rehearsed",
     )
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a schedule, which fits the budget."""
+        return self.status in FITTING
 
     @property
     def steps(self) -> list[Phase]:

@@ -1,6 +1,4 @@
-"""The options of a search in one record, checks of budget, time limit and gap, and the shares into which a time limit
-is divided.
-"""
+"""The options of a search in one record, and checks of budget, time limit and gap."""
 
 from __future__ import annotations
 
@@ -16,24 +14,8 @@ from tightfit.runtime.common.errors import InputError
 
 TIME_LIMIT = 30.0
 """seconds for one plan, unless others are asked for"""
-ANY_SHARE = 0.1
-"""share of the time limit for the bound that holds for any schedule"""
-LEAST_SHARE = 0.7
-"""share of the time limit for the smallest budget, where the requested budget may be below it: finding a plan that fits
-comes before finding a fast one
-"""
 LONGEST_LIMIT = 86400.0
 """largest time limit in seconds: a day"""
-FINISH_SECONDS = 6e-5
-"""seconds per operator of the step for writing a plan down and replaying it; the search leaves them free"""
-HELD_SHARE = 0.05
-"""share of the time limit up to which the search leaves `HELD_UP` times as many seconds free, as other programs may use
-the processor
-"""
-HELD_UP = 4.0
-"""factor on the seconds that writing down and replaying take on an idle machine, applied within `HELD_SHARE` of the
-time limit
-"""
 NEIGHBOUR_BYTES = 50 << 20
 """distance in bytes between the budgets whose bounds are compared to value memory"""
 SOLVER = "solver"
@@ -63,8 +45,13 @@ class PlanOptions(Options):
         " whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a"
         " bare graph one of the first three.",
     )
-    time_limit: Seconds = option(
-        TIME_LIMIT, "Seconds the solver may take for one plan.", metavar="SECONDS", primary=True
+    time_limit: Seconds | None = option(
+        None,
+        f"Seconds the solver may take for one plan. Without it {TIME_LIMIT:g}, and on as long as there is neither a"
+        " plan nor a proof that none fits.",
+        over_http="Seconds the solver may take for one plan.",
+        metavar="SECONDS",
+        primary=True,
     )
     gap: Gap = option(
         0.0,
@@ -89,6 +76,11 @@ class PlanOptions(Options):
     )
     progress: SearchProgress | None = None
 
+    @property
+    def seconds(self) -> float:
+        """The time limit, where none is given the usual one."""
+        return TIME_LIMIT if self.time_limit is None else self.time_limit
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
@@ -102,7 +94,7 @@ class SearchOptions:
     one_program: bool = True
     """all decisions of a small model in one integer program; off: column generation"""
     greedy: bool = True
-    """a greedy choice of columns where the time limit ended the search without a plan"""
+    """a first schedule of columns that are known, chosen greedily"""
     early_choice: bool = True
     """whole columns chosen near the first mixtures, before columns are priced under careful constraints"""
     careful: bool = True
@@ -180,17 +172,9 @@ def checked_budget(budget_bytes: object) -> int:
 
 def checked_limit(time_limit: float) -> float:
     """A time limit in seconds. Raises InputError where no plan can be given it (`PlanOptions`)."""
-    return PlanOptions(time_limit=time_limit).time_limit
+    return PlanOptions(time_limit=time_limit).seconds
 
 
 def checked_gap(gap: float) -> float:
     """The gap at which a search may stop. Raises InputError where no plan can be given it (`PlanOptions`)."""
     return PlanOptions(gap=gap).gap
-
-
-def finish_seconds(operators: int, time_limit: float) -> float:
-    """Seconds of a time limit that the search leaves free for writing down and replaying a plan of
-    so many operators.
-    """
-    idle_seconds = FINISH_SECONDS * operators
-    return max(idle_seconds, min(HELD_UP * idle_seconds, HELD_SHARE * time_limit))

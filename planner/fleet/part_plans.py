@@ -171,12 +171,11 @@ def restated(made: Plan, profile: Profile, budget_bytes: int, *, asked: float = 
         simulate(raw),
         bound_seconds=made.bound_seconds,
         any_bound=made.any_schedule_bound_seconds,
-        started=time.monotonic() - made.solve_seconds,
+        solve_seconds=made.solve_seconds,
         deterministic=bool(made.deterministic),
         asked=asked,
         stalled=made.ended_by == "stalled",
         interrupted=made.ended_by == "interrupt",
-        fallback=made.status == "fallback",
     )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
 from tightfit.planner.problem.layer_figures import KIB, MS
 from tightfit.planner.problem.layer_types import ALWAYS, LayeredStep, compute_seconds, transfer_seconds
@@ -78,14 +79,12 @@ class AnyScheduleBound:
             self.program.at_least(Linear(), _weighted(moment)) for moment in (self.at_pivot, self.at_boundary)
         ]
 
-    def step_seconds(self, budget_bytes: int, seconds: float = 60.0) -> float:
-        """Seconds per step that no schedule undercuts; where the solver needs more than `seconds`, what one run of
-        every operator takes.
-        """
+    def step_seconds(self, budget_bytes: int, cutoff: Cutoff = NEVER) -> float:
+        """Seconds per step that no schedule undercuts; where `cutoff` strikes, what one run of every operator takes."""
         for row in self.rooms:
             self.program.row_bounds(row, -max(0.0, (budget_bytes - self.taken) / KIB), INFINITY)
         try:
-            result = self.program.solve(Linear().add(self.total), seconds)
+            result = self.program.solve(Linear().add(self.total), cutoff.left())
         except TimeoutError:
             return self.fixed
         if not result.optimal:

@@ -17,11 +17,10 @@ from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes
 from tightfit.planner.graphs.search.baselines import rule_reruns, rules_for
 from tightfit.planner.graphs.smallest_budget import lowest_schedule
-from tightfit.planner.plan_result import EXACT, gap_to
+from tightfit.planner.plan_result import EXACT, gap_to, until_known
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
     ALL,
-    ANY_SHARE,
     NEIGHBOUR_BYTES,
     TIME_LIMIT,
     SearchOptions,
@@ -29,7 +28,6 @@ from tightfit.planner.search_options import (
     checked_budget,
     checked_gap,
     checked_limit,
-    finish_seconds,
 )
 from tightfit.profiles.schema import Profile
 
@@ -38,6 +36,8 @@ PRICED_OPERATORS = 32
 all such graphs are solved within a second or two
 """
 NEIGHBOUR_SHARE = 10
+ANY_SHARE = 0.1
+"""share of the time limit for the bound that holds for any schedule"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class GraphPlanner:
         budget_bytes: int,
         *,
         policy: str | None = None,
-        time_limit: float = TIME_LIMIT,
+        time_limit: float | None = TIME_LIMIT,
         gap: float = 0.0,
         progress: SearchProgress | None = None,
     ) -> Plan:
@@ -106,9 +106,13 @@ class GraphPlanner:
         Whatever the time limit, the schedule is written down and replayed, in about 0.1 ms per run. Raises InputError
         for impossible arguments, and KeyboardInterrupt only where no schedule that fits was found yet.
         """
+        if time_limit is None:
+            return until_known(
+                lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress)
+            )
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
-        deadline = started + self._searching(time_limit)
+        deadline = started + time_limit
         found = Incumbents(self.dag, self._proven, self.options)
         name = policy or "solver"
         self.interrupted = False
@@ -168,7 +172,7 @@ class GraphPlanner:
         """The plan at the smallest budget found, with its bounds."""
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
-        deadline = started + (1 - ANY_SHARE) * self._searching(time_limit)
+        deadline = started + (1 - ANY_SHARE) * time_limit
         found = Incumbents(self.dag, self._proven, self.options)
         least = self._lowest(policy or "solver", found, deadline, time_limit)
         budget = least.carried.peak_bytes
@@ -201,10 +205,6 @@ class GraphPlanner:
             known = bound
             self._any_bounds[budget] = bound, seconds
         return known
-
-    def _searching(self, time_limit: float) -> float:
-        """Seconds of the time limit that a search may take; the rest is for writing the answer down."""
-        return max(0.5 * time_limit, time_limit - finish_seconds(len(self.dag), time_limit))
 
     def _by_rule(self, budget: int, policy: str, time_limit: float) -> tuple[GraphOutcome, Bound]:
         """The schedule of a fixed rule where it fits, and the bound for any schedule."""
@@ -251,7 +251,7 @@ class GraphPlanner:
             return GraphOutcome(carried=carry(dag, ()), bound_seconds=once)
         if self.lowest_bytes > budget:
             return GraphOutcome(carried=None, bound_seconds=once)
-        started = deadline - self._searching(time_limit)
+        started = deadline - time_limit
         if dag.read is not None:
             return MoveSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
         return GraphBudgetSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()

@@ -4,6 +4,7 @@ sets it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -77,9 +78,10 @@ def infeasible(
         told,
         budget,
         minimum_bytes=simulation.peak_bytes,
+        bound_bytes=max(least.lowest_bytes, floor, budget + 1 if any_bound.seconds == float("inf") else 0),
         reason=reason,
         any_bound=any_bound.seconds,
-        started=started,
+        solve_seconds=time.monotonic() - started,
         deterministic=timely and least.timely and any_bound.timely,
     )
 
@@ -124,7 +126,7 @@ def finished(
         simulation,
         bound_seconds=max(outcome.bound_seconds, any_bound.seconds),
         any_bound=any_bound.seconds,
-        started=started,
+        solve_seconds=time.monotonic() - started,
         deterministic=outcome.timely and any_bound.timely,
         asked=asked,
         stalled=outcome.stalled,

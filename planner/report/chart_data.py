@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, feasible
+from tightfit.planner.report.memory_categories import KINDS, UNKNOWN
 from tightfit.planner.schema import Plan
 
 SHARED = (
@@ -62,12 +62,10 @@ def curve_of(plans: Sequence[Plan], policies: Sequence[str]) -> list[dict[str, A
                 "peak": plan.peak_bytes,
             }
             for plan in policy_plans
-            if feasible(plan)
+            if plan.fits
         ]
         misfits = [
-            {"budget": plan.budget_bytes, "needs": plan.minimum_budget_bytes}
-            for plan in policy_plans
-            if not feasible(plan)
+            {"budget": plan.budget_bytes, "needs": plan.minimum_budget_bytes} for plan in policy_plans if not plan.fits
         ]
         if policy_plans:
             curves.append({"name": policy, "slot": slot, "points": points, "misfits": misfits})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from tightfit.planner.report.explain import nearness, percent_within
-from tightfit.planner.report.memory_categories import budgets_of, feasible, policies_of
+from tightfit.planner.report.memory_categories import budgets_of, policies_of
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
 from tightfit.profiles.schema import MOBILLM
@@ -32,7 +32,7 @@ def table_rows(plans: Sequence[Plan], policies: Sequence[str]) -> list[tuple[int
     rows = []
     for budget in budgets_of(plans):
         row = [by_cell.get((budget, name)) for name in policies]
-        best = min((plan.step_seconds for plan in row if plan and feasible(plan)), default=0.0)
+        best = min((plan.step_seconds for plan in row if plan and plan.fits), default=0.0)
         rows.append((budget, [_cell(plan, best) for plan in row]))
     return rows
 
@@ -40,9 +40,9 @@ def table_rows(plans: Sequence[Plan], policies: Sequence[str]) -> list[tuple[int
 def _cell(plan: Plan | None, best: float) -> Cell:
     if plan is None:
         return Cell("–", "")
-    if not feasible(plan):
+    if not plan.fits:
         smallest = plan.minimum_budget_bytes
-        less = " or less" if plan.ended_by == "time limit" and plan.policy == "solver" else ""
+        less = " or less" if plan.status == "unknown" else ""
         return Cell(f"needs {format_size(smallest, round_up=True)}{less}" if smallest else "does not fit", "none")
     mark = f" ({_mark(plan)})" if plan.policy == "solver" and plan.status != "optimal" else ""
     text = f"{format_seconds(plan.step_seconds)}{mark}"
@@ -51,8 +51,6 @@ def _cell(plan: Plan | None, best: float) -> Cell:
 
 def _mark(plan: Plan) -> str:
     """What is known of a solver's plan that is not proven optimal."""
-    if plan.status == "fallback":
-        return "fallback"
     cut = {"time limit": ", time limit", "interrupt": ", interrupted"}.get(plan.ended_by or "", "")
     return f"gap {percent_within(plan.gap)}{cut}"
 
@@ -64,7 +62,7 @@ def verdicts(plans: Sequence[Plan]) -> list[str]:
     for budget in budgets_of(plans):
         fixed = {plan.policy: plan for plan in plans if plan.budget_bytes == budget}
         solved = fixed.pop("solver", None)
-        if solved is None or not feasible(solved):
+        if solved is None or not solved.fits:
             continue
         text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, {nearness(solved, 'class')}"
         sentences.append(f"{text}{_beside_rules(solved, fixed, [name for name in rules if name not in fixed])}.")
@@ -77,7 +75,7 @@ def _beside_rules(solved: Plan, by_policy: Mapping[str, Plan], missing: Sequence
     """
     if not by_policy:
         return f"; {', '.join(missing)} not planned" if missing else ""
-    fitting = [plan for plan in by_policy.values() if feasible(plan)]
+    fitting = [plan for plan in by_policy.values() if plan.fits]
     exact = [plan for plan in fitting if plan.exact]
     unplanned = f" ({', '.join(missing)} not planned)" if missing else ""
     if exact:

@@ -52,7 +52,7 @@ def gist(plan: Plan, explanation: Explanation, *, commands: bool = False) -> lis
     proven, what becomes of its tensors, and what little memory costs. Of a plan that does not fit: all there is to say.
     """
     if plan.train is None:
-        sentences = _infeasible(plan, explanation.shortfall)
+        sentences = _without_schedule(plan, explanation.shortfall)
     else:
         sentences = [*_verdict(plan, commands), *_decisions(plan, explanation), _price(plan, explanation)]
     return [printable(sentence) for sentence in (*caution(plan.device), *sentences)]
@@ -104,20 +104,25 @@ def _rehearsal(plan: Plan) -> list[str]:
     return [f"not rehearsed{where}: its seconds and its peak are the model's"]
 
 
-def _infeasible(plan: Plan, shortfall: Shortfall | None) -> list[str]:
+def _without_schedule(plan: Plan, shortfall: Shortfall | None) -> list[str]:
     rule = None if plan.policy == "solver" else plan.policy
-    who, its = ("no plan fits", "the") if rule is None else (f"the rule {rule} does not fit", "its")
+    proven = plan.status == "infeasible"
+    if rule is None:
+        who, its = "no plan fits" if proven else "no plan was found that fits", "the"
+    else:
+        who, its = f"the rule {rule} {'does not fit' if proven else 'was not found to fit'}", "its"
     lines = [f"{who} {format_size(plan.budget_bytes)} for {words_of(plan.device, plan.model).whole}"]
     smallest = plan.minimum_budget_bytes if shortfall is None else shortfall.minimum_budget_bytes
     if smallest is not None:
-        so_far = " found so far" if plan.deterministic is False else ""
-        lines.append(f"{its} smallest feasible budget{so_far} is {format_size(smallest, round_up=True)}")
+        lines.append(f"{its} smallest feasible budget {_least_words(plan, smallest)}")
     if shortfall is None:
         reason = plan.minimum_budget_reason
         if reason and not has_phases(plan):
             reason = reason.replace(" (forward)", "", 1).replace(" (forward again)", " (run again)", 1)
         return [*lines, reason] if reason else lines
-    lines[-1] += f" ({smallest} bytes), {format_size(shortfall.missing_bytes, round_up=True)} more"
+    lines[-1] += f", {format_size(shortfall.missing_bytes, round_up=True)} more"
+    if not proven and plan.ended_by == "time limit":
+        lines.append("a longer --time-limit may find a plan, or the proof that there is none")
     start = plan.device.floor.start_peak_bytes
     if plan.budget_bytes < start:
         lines.append(f"starting {words_of(plan.device).floor} alone reaches {format_size(start)}")
@@ -126,6 +131,15 @@ def _infeasible(plan: Plan, shortfall: Shortfall | None) -> list[str]:
         changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in shortfall.remedies)
         lines.append(f"what would lower it: {changes}")
     return lines
+
+
+def _least_words(plan: Plan, smallest: int) -> str:
+    """Where the smallest budget lies: between what is proven and the smallest found."""
+    found = f"{format_size(smallest, round_up=True)} ({smallest} bytes)"
+    bound = plan.minimum_bound_bytes
+    if bound is None or format_size(bound) in (format_size(smallest), format_size(smallest, round_up=True)):
+        return f"is {found}"
+    return f"lies between {format_size(bound)}, which is proven, and {found}, the smallest found"
 
 
 def _headline(plan: Plan) -> str:
@@ -234,8 +248,6 @@ def nearness(plan: Plan, kind: str = "kind") -> str:
     if plan.status == "optimal":
         return f"proven optimal among plans of its {kind}"
     text = f"within {percent_within(plan.gap)} of the best plan of its {kind}"
-    if plan.status == "fallback":
-        return f"found without the solver, which ran out of time: {text}"
     end = ENDS.get(plan.ended_by or "")
     return f"{text}, {end}" if end else text
 

@@ -141,7 +141,7 @@ class MarginalValue(FrozenRecord):
         )
     )
     step_seconds: float | None = Field(
-        None, description="of the plan made there; None: not planned again, or infeasible"
+        None, description="of the plan made there; None: not planned again, or none found"
     )
     status: str | None = Field(None, description="of the plan made there; None: not planned again")
 
@@ -258,7 +258,7 @@ def _clipping(plan: Plan) -> Clipping | None:
 
 
 def shortfall(plan: Plan, smallest: Plan) -> Explanation:
-    """Why `plan` is infeasible, from the plan of the smallest budget of the same profile and policy."""
+    """Why `plan` has no schedule, from the plan of the smallest budget of the same profile and policy."""
     ledger = CostLedger(smallest)
     peak = peak_account(smallest, ledger)
     return Explanation(

@@ -18,7 +18,6 @@ from tightfit.planner.report.memory_categories import (
     TimelineSlice,
     budgets_of,
     devices_of,
-    feasible,
     in_use,
     kinds_of,
     policies_of,
@@ -72,7 +71,7 @@ def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
         # Just above the axis, each policy in a row of its own.
         height = 0.025 + 0.04 * curve["slot"]
         axes.plot(misfits, [height] * len(misfits), "x", color=colour, transform=axes.get_xaxis_transform())
-    if not all(map(feasible, plans)):
+    if not all(plan.fits for plan in plans):
         axes.plot([], [], "x", color=SOFT, label="does not fit")
     axes.set_ylim(bottom=0)
     axes.set_xticks([budget / unit.size for budget in budgets_of(plans)])

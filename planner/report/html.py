@@ -23,7 +23,6 @@ from tightfit.planner.report.explanation import account
 from tightfit.planner.report.memory_categories import (
     budgets_of,
     devices_of,
-    feasible,
     kinds_of,
     policies_of,
     timeline_slices,
@@ -54,7 +53,7 @@ def comparison_page(plans: Sequence[Plan]) -> str:
     ordered = sorted(
         plans, key=lambda plan: (devices.index(plan.device.name), names.index(plan.policy), plan.budget_bytes)
     )
-    drawable = [plan for plan in ordered if feasible(plan) and plan.timeline]
+    drawable = [plan for plan in ordered if plan.fits and plan.timeline]
     by_device = [[plan for plan in plans if plan.device.name == device] for device in devices]
     environment = Environment(
         loader=PackageLoader("tightfit.planner.report", "."),

@@ -10,14 +10,17 @@ from tightfit.planner.report.explanation import Explanation, MarginalValue, acco
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import TIME_LIMIT, SearchProgress
 
+LEAST_SECONDS = 1e-3
+"""of a search for what is known already"""
 
-def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
+
+def explained(planner: Planner, plan: Plan, *, left: float) -> Explanation:
     """The explanation of a plan that `planner` made; of a solver's plan with the value of memory (`neighbours`), as far
-    as `left` seconds allow. That of an infeasible plan comes from the smallest plan of its policy, which may take
-    `time_limit` seconds to find.
+    as `left` seconds allow. That of one without a schedule comes from the smallest plan of its policy, for which the
+    search goes on as long.
     """
-    if plan.status == "infeasible":
-        return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=time_limit))
+    if not plan.fits:
+        return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=max(LEAST_SECONDS, left)))
     explanation = account(plan)
     if plan.policy != "solver" or left <= 0:
         return explanation
@@ -82,7 +85,7 @@ def what_if(
             continue
         planned = planner.plan(budget, time_limit=time_limit, gap=gap, progress=progress)
         interrupted = planner.interrupted
-        holds = planned.status != "infeasible"
+        holds = planned.fits
         if holds and change < 0 and planned.step_seconds < best.step_seconds:
             best = rebudgeted(
                 planned,

@@ -146,8 +146,3 @@ def devices_of(plans: Iterable[Plan]) -> list[str]:
 def budgets_of(plans: Iterable[Plan]) -> list[int]:
     """Budgets in bytes, smallest first."""
     return sorted({plan.budget_bytes for plan in plans})
-
-
-def feasible(plan: Plan) -> bool:
-    """Whether the plan can be run at all."""
-    return plan.status != "infeasible"

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tightfit.planner.report.comparison_words import Cell, table_rows
 from tightfit.planner.report.explanation import Explanation
-from tightfit.planner.report.memory_categories import bands, feasible, policies_of
+from tightfit.planner.report.memory_categories import bands, policies_of
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.units import format_size, unit_of
 
@@ -49,9 +49,7 @@ class _FittedTable:
         plans, device = self._plans, self._plans[0].device
         names = policies_of(plans)
         units = {
-            unit_of(plan.minimum_budget_bytes).name
-            for plan in plans
-            if not feasible(plan) and plan.minimum_budget_bytes
+            unit_of(plan.minimum_budget_bytes).name for plan in plans if not plan.fits and plan.minimum_budget_bytes
         }
         unit = units.pop() if len(units) == 1 else None if units else "MiB"
         table = Table(

@@ -31,6 +31,7 @@ PLAN_FIELDS = (
     "deterministic",
     "ended_by",
     "minimum_budget_bytes",
+    "minimum_bound_bytes",
     "minimum_budget_reason",
     "arena_bytes",
     "workspace_bytes",

@@ -12,7 +12,6 @@ from tightfit.planner.report.costs import CostLedger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import details, gist
 from tightfit.planner.report.explanation import SORTS, Explanation, account, peak_text
-from tightfit.planner.report.memory_categories import feasible
 from tightfit.planner.report.summary import describe, plan_summary
 from tightfit.planner.schema import Plan
 
@@ -31,7 +30,7 @@ def plan_view(plan: Plan, identity: str, stored: Row | None = None, *, not_runna
     if stored is not None:
         planned = Explanation.model_validate(stored)
         record = record.model_copy(update={"neighbours": planned.neighbours, "shortfall": planned.shortfall})
-    shown = feasible(plan) and bool(plan.timeline)
+    shown = plan.fits and bool(plan.timeline)
     return {
         "plan": identity,
         "model": plan.model.name,

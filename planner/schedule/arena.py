@@ -7,12 +7,12 @@ resident across steps keeps one place for all of its intervals). Tensors residen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from tightfit.planner.schedule.arena_placement import TensorLifetime, live_bytes, pack
 from tightfit.planner.schedule.lowering import DraftInstruction, made_by
@@ -48,14 +48,13 @@ def placed_items(
     resident: Iterable[str],
     sizes: dict[str, int],
     target: int = 0,
-    deadline: float = math.inf,
+    cutoff: Cutoff = NEVER,
     options: SearchOptions = ALL,
 ) -> Placed:
     """Place every tensor in an arena of at most `target` bytes if such a layout is found; `target` 0: in the smallest
     found. `beside`: the schedules beside the training step, one after the other.
 
-    The result may be larger than `target`: the caller has to check. Past `deadline`, on the monotonic clock, placement
-    is by rule and nothing is searched for.
+    The result may be larger than `target`: the caller has to check. Raises TimeoutError where `cutoff` strikes.
     """
     length = len(train) + len(beside)
     every = _items(train, beside, tuple(resident), sizes)
@@ -69,7 +68,7 @@ def placed_items(
     placed = {id(item) for item in permanent}
     items = [item for item in every if id(item) not in placed]
     height, offsets = pack(
-        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, options
+        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, cutoff, options
     )
     for item, offset in zip(items, offsets):
         item.offset = offset

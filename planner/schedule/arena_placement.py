@@ -17,13 +17,13 @@ import bisect
 import math
 import random
 import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.step_graph import ALIGNMENT
 from tightfit.planner.schedule.free_ranges import ENDLESS, Range, TakenRanges, gap, top_gap, united
 from tightfit.planner.search_options import ALL, SearchOptions
@@ -98,19 +98,18 @@ def pack(
     length: int,
     live: int,
     allowed: int,
-    deadline: float = math.inf,
+    cutoff: Cutoff = NEVER,
     options: SearchOptions = ALL,
 ) -> Packed:
     """Offsets from `base` up such that the items end at byte `allowed` or lower, if such a packing is found; `allowed`
     0: as low as possible.
 
     If none is found the result is the lowest packing of the rules. `length`: number of entries; `live`: most bytes live
-    at once, a lower bound on any height. Past `deadline`, on the monotonic clock, only the first rule is applied.
+    at once, a lower bound on any height. Raises TimeoutError where `cutoff` strikes.
     """
     best: Packed | None = None
     for order, tight in _orders(items):
-        if best is not None and time.monotonic() > deadline:
-            return best
+        cutoff.check()
         below = ENDLESS if best is None else best[0]
         offsets, failed = _assign(items, order, base, length, below=below, tight=tight)
         if failed is None:
@@ -125,10 +124,7 @@ def pack(
         if goal in tried:
             continue
         tried.add(goal)
-        try:
-            offsets_found = by_groups(items, base, length, goal, deadline)
-        except TimeoutError:
-            break
+        offsets_found = by_groups(items, base, length, goal, cutoff)
         if offsets_found is not None:
             return _height(items, offsets_found, base), offsets_found
     return best
@@ -228,18 +224,18 @@ def by_groups(
     base: int,
     length: int,
     goal: int,
-    deadline: float = math.inf,
+    cutoff: Cutoff = NEVER,
 ) -> list[int] | None:
     """Offsets with a height of at most `goal`: long-lived tensors first, then the others group by group. None where
     none are found.
 
-    Raises TimeoutError past `deadline`, on the monotonic clock.
+    Raises TimeoutError where `cutoff` strikes.
     """
     work, previous = _work(items), -1
     for share in LONG:
         if work <= 0:
             break
-        groups = _GroupPacking(items, base, length, goal, share * length, work, deadline)
+        groups = _GroupPacking(items, base, length, goal, share * length, work, cutoff)
         if len(groups.long) != previous and groups.succeed():
             return groups.offsets
         work, previous = groups.work, len(groups.long)
@@ -275,13 +271,13 @@ class _GroupPacking:
     """The packing at one height, where a lifetime of `longest` entries or more counts as long."""
 
     def __init__(
-        self, items: list[TensorLifetime], base: int, length: int, goal: int, longest: float, work: int, deadline: float
+        self, items: list[TensorLifetime], base: int, length: int, goal: int, longest: float, work: int, cutoff: Cutoff
     ) -> None:
         self.items = items
         self.base = base
         self.goal = goal
         self.work = work
-        self.deadline = deadline
+        self.cutoff = cutoff
         self.offsets = [0] * len(items)
         every = range(len(items))
         life = [_lifetime(item) for item in items]
@@ -359,8 +355,7 @@ class _GroupPacking:
         for _ in range(TRIES):
             if self.work <= 0:
                 break
-            if time.monotonic() > self.deadline:
-                raise TimeoutError
+            self.cutoff.check()
             placed, failed = self._try_order(taken)
             if failed is None:
                 return placed
@@ -404,11 +399,9 @@ class _GroupPacking:
         solver.parameters.symmetry_level = 0
         solver.parameters.linearization_level = 0
         solver.parameters.max_deterministic_time = SOLVER_WORK
-        if self.deadline < math.inf:
-            solver.parameters.max_time_in_seconds = max(0.0, self.deadline - time.monotonic())
+        solver.parameters.max_time_in_seconds = self.cutoff.left()
         status = solved(solver, model)
-        if time.monotonic() > self.deadline:
-            raise TimeoutError
+        self.cutoff.check()
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None
         return {index: ALIGNMENT * solver.value(offset) for index, offset in offsets.items()}

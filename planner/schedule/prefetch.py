@@ -19,7 +19,6 @@ lies in the arena.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.step_graph import STATES, SUM, state_names
 from tightfit.planner.schedule.lowering import DraftInstruction, live_profile
 
@@ -97,21 +97,21 @@ def prefetch(
 
 
 def fast_orders(
-    facts: ScheduleFacts, inputs: Inputs, new_memory: Callable[[], AnyMemory], deadline: float = float("inf")
+    facts: ScheduleFacts, inputs: Inputs, new_memory: Callable[[], AnyMemory], cutoff: Cutoff = NEVER
 ) -> list[tuple[list[int], AnyMemory]]:
     """Orders of the entries that are faster than the draft, the fastest first: positions of the entries, and the room
     as the pass left it. The first that is looked for has reads in the order in which they are needed; where computation
     waits in it, another has the largest of nearby reads first.
 
     Each is the fastest of a few passes, one for each of `LEADS`, which end with the first that leaves hardly any
-    stalls, or that is not faster than one before. Past `deadline`, on the monotonic clock, only the first pass is made.
+    stalls, or that is not faster than one before. Raises TimeoutError where `cutoff` strikes.
     """
     entries = facts.entries
     drafted = clock(entries, inputs)
     if not drafted.stalls and drafted.seconds <= sum(entry.seconds for entry in entries) * (1 + 1e-9):
         return []
     found: list[tuple[float, list[int], AnyMemory]] = []
-    late = waiting = False
+    waiting = False
     queues = [list(range(len(facts.reads)))]
     if (largest_first := _largest_first(facts)) != queues[0]:
         queues.append(largest_first)
@@ -119,8 +119,7 @@ def fast_orders(
         best: tuple[list[int], AnyMemory] | None = None
         shortest = drafted.seconds
         for lead in LEADS:
-            if late:
-                break
+            cutoff.check()
             memory = new_memory()
             order = _PrefetchPass(facts, inputs, memory, queue, lead).schedule()
             timing = clock([entries[index] for index in order], inputs)
@@ -128,7 +127,6 @@ def fast_orders(
             faster = timing.seconds < shortest * (1 - LITTLE)
             if faster:
                 best, shortest = (order, memory), timing.seconds
-            late = time.monotonic() > deadline
             waiting = timing.stalls > LITTLE * timing.seconds
             if not waiting or (best is not None and not faster):
                 break

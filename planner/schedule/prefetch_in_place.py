@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.step_graph import aligned
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
 from tightfit.planner.schedule.arena_placement import TensorLifetime
@@ -32,24 +33,23 @@ def prefetch_in_place(
     draft: Draft,
     inputs: Inputs,
     room: int,
-    deadline: float = float("inf"),
+    cutoff: Cutoff = NEVER,
     placed: Placed | None = None,
     options: SearchOptions = ALL,
 ) -> tuple[tuple[DraftInstruction, ...], ArenaLayout]:
     """The draft's training schedule with transfers moved, and its layout, in an arena of `room` bytes. If the draft
     finds no layout within `room`, no transfer is moved and the layout is larger.
 
-    `placed`: the draft's layout, where it is known. Past `deadline`, on the monotonic clock, the first layout and the
-    first pass are taken.
+    `placed`: the draft's layout, where it is known. Raises TimeoutError where `cutoff` strikes.
     """
     items, height = placed or placed_items(
-        draft.train, draft.beside, draft.resident, draft.sizes, room, deadline, options=options
+        draft.train, draft.beside, draft.resident, draft.sizes, room, cutoff, options=options
     )
     evaluated = len(draft.evaluate)
     if height > room or not options.moving_in_place:
         return draft.train, arena_of(items, height, len(draft.train), evaluated)
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
-    orders = fast_orders(facts, inputs, lambda: _FreeGaps(facts, items, room), deadline)
+    orders = fast_orders(facts, inputs, lambda: _FreeGaps(facts, items, room), cutoff)
     count = len(draft.train)
     if not orders:
         return draft.train, arena_of(items, height, count, evaluated)

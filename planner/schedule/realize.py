@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
@@ -80,18 +80,16 @@ def realize(
     columns: tuple[Column, ...],
     limit: int,
     *,
-    deadline: float = float("inf"),
     segments: Segments = (),
     options: SearchOptions = ALL,
+    cutoff: Cutoff = NEVER,
 ) -> tuple[Schedule | None, int]:
     """A schedule of the columns within `limit` bytes of arena and instructions, or None and the bytes by which that
-    fails.
-
-    Past `deadline`, on the monotonic clock, the first order of transfers and the first arena that fits are taken.
+    fails. Raises TimeoutError where `cutoff` strikes.
     """
     part = CyclePart(problem=problem, columns=columns, segments=segments)
     drafted = part.draft()
-    return _realize_draft(part, drafted, limit, _instruction_bytes(problem, [drafted]), deadline, options=options)
+    return _realize_draft(part, drafted, limit, _instruction_bytes(problem, [drafted]), cutoff, options=options)
 
 
 def _realize_draft(
@@ -99,7 +97,7 @@ def _realize_draft(
     drafted: Draft,
     limit: int,
     charged: int,
-    deadline: float,
+    cutoff: Cutoff,
     placed: Placed | None = None,
     options: SearchOptions = ALL,
 ) -> tuple[Schedule | None, int]:
@@ -123,7 +121,7 @@ def _realize_draft(
 
     def placed_in_order(order: list[int]) -> Schedule | None:
         train = tuple(drafted.train[index] for index in order)
-        items, height = placed_items(train, drafted.beside, drafted.resident, drafted.sizes, room, deadline, options)
+        items, height = placed_items(train, drafted.beside, drafted.resident, drafted.sizes, room, cutoff, options)
         tried.append(order)
         if height > room:
             return None
@@ -131,17 +129,15 @@ def _realize_draft(
         return _schedule(part, drafted, train, arena, charged)
 
     for allowed in dict.fromkeys([room, *(max(live, int((1 - share) * room)) for share in FREE if options.spreading)]):
-        if tried and time.monotonic() > deadline:
-            break
-        for order, _ in fast_orders(facts, inputs, partial(FreeBytes, facts, allowed), deadline):
+        for order, _ in fast_orders(facts, inputs, partial(FreeBytes, facts, allowed), cutoff):
             realized = None if order in tried else placed_in_order(order)
             if realized is not None:
                 return realized, realized.arena.bytes - room
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
-    train, arena = prefetch_in_place(drafted, inputs, room, deadline, placed, options)
+    train, arena = prefetch_in_place(drafted, inputs, room, cutoff, placed, options)
     if arena.bytes > room and drafted.update != original.update:
         drafted = original
-        train, arena = prefetch_in_place(drafted, inputs, room, deadline, placed, options)
+        train, arena = prefetch_in_place(drafted, inputs, room, cutoff, placed, options)
     if arena.bytes > room:
         return None, arena.bytes - room
     return _schedule(part, drafted, train, arena, charged), arena.bytes - room
@@ -156,41 +152,55 @@ def _prefetched_update(step: Draft, inputs: Inputs, room: int) -> tuple[DraftIns
     return prefetch(step.update, inputs, step.resident, step.sizes, min(room, live + BUFFERS * (live - between)))
 
 
-def smallest_arena(problem: LayeredStep, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
+def smallest_arena(
+    problem: LayeredStep, columns: tuple[Column, ...], cutoff: Cutoff = NEVER, options: SearchOptions = ALL
+) -> Schedule:
     """A schedule of the columns in the smallest arena found, with transfers moved as far as its size allows."""
-    return smallest_cycle([CyclePart(problem=problem, columns=columns)], deadline)
+    return smallest_cycle([CyclePart(problem=problem, columns=columns)], cutoff, options)
 
 
 @paused_collector()
-def realize_cycle(
-    parts: Sequence[CyclePart], limit: int, deadline: float = float("inf")
-) -> tuple[Schedule | None, int]:
+def realize_cycle(parts: Sequence[CyclePart], limit: int, cutoff: Cutoff = NEVER) -> tuple[Schedule | None, int]:
     """Schedules of all steps of a policy's cycle within `limit` bytes of arena and all their instructions, or None and
-    the bytes by which one of them fails. Past `deadline`, on the monotonic clock, as `realize`.
+    the bytes by which one of them fails. Raises TimeoutError where `cutoff` strikes.
     """
     drafts = [part.draft() for part in parts]
     charged = _instruction_bytes(parts[0].problem, drafts)
     schedules = []
     for part, drafted in zip(parts, drafts, strict=True):
-        schedule, excess = _realize_draft(part, drafted, limit, charged, deadline)
+        schedule, excess = _realize_draft(part, drafted, limit, charged, cutoff)
         if schedule is None:
             return None, excess
         schedules.append(schedule)
     return _in_turn(schedules), 0
 
 
+def fewest_bytes(parts: Sequence[CyclePart]) -> int:
+    """Bytes of arena and instructions that no schedules of these steps go below."""
+    drafts = [part.draft() for part in parts]
+    live = [
+        max([*live_profile(entries, step.resident, step.sizes), 0])
+        for step in drafts
+        for entries in (step.train, step.beside)
+    ]
+    return max(live) + _instruction_bytes(parts[0].problem, drafts)
+
+
 @paused_collector()
-def smallest_cycle(parts: Sequence[CyclePart], deadline: float = float("inf")) -> Schedule:
+def smallest_cycle(parts: Sequence[CyclePart], cutoff: Cutoff = NEVER, options: SearchOptions = ALL) -> Schedule:
     """Schedules of all steps of a policy's cycle in the smallest arena found, with transfers moved as far as its size
-    allows.
+    allows. Raises TimeoutError where `cutoff` strikes.
     """
     drafts = [part.draft() for part in parts]
     charged = _instruction_bytes(parts[0].problem, drafts)
-    placed = [placed_items(step.train, step.beside, step.resident, step.sizes, deadline=deadline) for step in drafts]
+    placed = [
+        placed_items(step.train, step.beside, step.resident, step.sizes, cutoff=cutoff, options=options)
+        for step in drafts
+    ]
     limit = max(height for _, height in placed) + charged
     schedules = []
     for part, drafted, items in zip(parts, drafts, placed, strict=True):
-        schedule, _ = _realize_draft(part, drafted, limit, charged, deadline, items)
+        schedule, _ = _realize_draft(part, drafted, limit, charged, cutoff, items, options)
         assert schedule is not None
         schedules.append(schedule)
     return _in_turn(schedules)

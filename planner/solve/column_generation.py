@@ -12,12 +12,12 @@ the blocks in docs/formulation.md.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import LinearFigures, StepConstraints, add_step_constraints
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
@@ -67,6 +67,14 @@ WholeColumns = tuple[float, tuple[Column, ...]]
 """(objective, a column per layer)"""
 
 
+def report(progress: SearchProgress | None, cutoff: Cutoff, stage: str, incumbent: float, bound: float) -> None:
+    """Tell `progress` where a search is: seconds of a step of the best so far, and proven for all."""
+    if progress is not None:
+        gap = 1.0 if incumbent == float("inf") else (incumbent - bound) / incumbent if incumbent > 0 else 0.0
+        elapsed = cutoff.elapsed
+        progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": elapsed})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChosenColumns:
     """Columns chosen per layer, and the proof."""
@@ -85,12 +93,11 @@ class ColumnGeneration:
     relaxation: MasterLp
     """the restricted master problem; it says whether constraints are careful"""
     limit_bytes: int | None
-    deadline: float
+    cutoff: Cutoff
     tolerance: float = 2e-3
     progress: SearchProgress | None = None
-    started: float = field(default_factory=time.monotonic)
-    timely: bool = True
-    """whether column generation, and the choice of whole columns, came to their end before the deadline"""
+    watch: Callable[[MasterLpSolution], None] | None = None
+    """called with the mixture of every round of column generation that keeps the limit"""
     worth_seconds: float = float("inf")
     """column generation ends once its bound shows that none of its plans is faster than this"""
     thorough: bool = True
@@ -100,24 +107,16 @@ class ColumnGeneration:
     def pool(self) -> ColumnPool:
         return self.relaxation.pool
 
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
-
     def _rows(self, program: LinearProgram, layers: list[LinearFigures]) -> StepConstraints:
         return add_step_constraints(program, self.pool.problem, layers, careful=self.relaxation.careful)
 
-    def report(self, stage: str, incumbent: float, bound: float) -> None:
-        if self.progress is not None:
-            gap = 1.0 if incumbent == float("inf") else (incumbent - bound) / incumbent if incumbent > 0 else 0.0
-            seconds = time.monotonic() - self.started
-            self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
-
-    def _report_pricing(self, stage: str, relaxed: MasterLpSolution, best: float) -> None:
+    def report_pricing(self, stage: str, relaxed: MasterLpSolution, best: float) -> None:
         """Report progress; where the limit is passed, the value is mostly the price of that and says nothing of
         seconds.
         """
         within_limit = relaxed.over < 1e-4
-        self.report(stage, relaxed.value / MS if within_limit else float("inf"), best / MS if within_limit else 0.0)
+        incumbent, bound = (relaxed.value / MS, best / MS) if within_limit else (float("inf"), 0.0)
+        report(self.progress, self.cutoff, stage, incumbent, bound)
 
     # --- one program -----------------------------------------------------------------------------------------------
 
@@ -125,20 +124,25 @@ class ColumnGeneration:
         """(1) to (17) as one program: the optimum of the class; None where nothing fits. Without a price on transfers
         (`priced`) the bound of its time is tight.
 
-        Raises TimeoutError where the deadline strikes before there are columns, or a proof that none fit.
+        Raises TimeoutError where `cutoff` strikes before there are columns, or a proof that none fit.
         """
-        if self.limit_bytes is not None and self.limit_bytes < 0:
+        limit = self.limit_bytes
+        if limit is not None and limit < 0:
             return None
         problem = self.pool.problem
         program = LinearProgram()
         blocks = [LayerProgram(program, problem.types[kind]) for kind in problem.layer_type]
         layers = [block.figures() for block in blocks]
         rows = self._rows(program, layers)
-        if self.limit_bytes is not None:
-            program.bounds(rows.bytes, 0.0, self.limit_bytes / KIB)
-        result = program.solve(goal(rows, fewest_bytes=self.limit_bytes is None, priced=priced), self.seconds_left())
+        if limit is not None:
+            program.bounds(rows.bytes, 0.0, limit / KIB)
+        result = program.solve(goal(rows, fewest_bytes=limit is None, priced=priced), self.cutoff.left())
         if result.infeasible:
+            if limit is not None and not self.relaxation.careful:
+                self.relaxation.excluded = max(self.relaxation.excluded, limit)
             return None
+        if limit is None:
+            self.relaxation.prove(None, result.bound, 0.0)
         if result.values is None:
             raise TimeoutError
         values = result.values
@@ -161,17 +165,13 @@ class ColumnGeneration:
         """Column generation until the Lagrangian bound (20) meets the master's value, or that is at most `enough` (ms,
         without a limit KiB): (bound, master's value, whether the limit is kept).
 
-        Past the deadline the bound is the best so far, and `timely` is False. Nothing is priced where what other
-        budgets have proven (22) shows that no plan is worth it.
+        Raises TimeoutError where `cutoff` strikes; what is proven then is remembered (22). Nothing is priced where what
+        other budgets have proven shows that no plan is worth it.
         """
         limit = self.limit_bytes
-        best, value, within_limit = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
+        best, value, within_limit = self.relaxation.proven(limit), float("inf"), False
         for round_number in range(ROUNDS if self.bound(best) <= self.worth_seconds else 0):
-            try:
-                relaxed = self._relaxation(self.limit_bytes)
-            except TimeoutError:
-                self.timely = False
-                break
+            relaxed = self._relaxation(limit)
             steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
             value, within_limit = relaxed.value, relaxed.over < 1e-4
             if value <= enough:
@@ -179,16 +179,22 @@ class ColumnGeneration:
             if round_number == 0 and within_limit and value - best <= self.tolerance / 4 * value:
                 # What other budgets have proven is good enough here.
                 break
-            gain, has_new = self._price(relaxed, best, steady=steady)
+            if self.watch is not None and within_limit:
+                self.watch(relaxed)
+            pricing = _PricingRound(self, relaxed, best)
+            try:
+                has_new = pricing.run(steady=steady)
+            finally:
+                # (20) the Lagrangian bound of this round, also where it is cut
+                bound = value - pricing.gain()
+                if bound > best:
+                    self.relaxation.prove(limit, bound, relaxed.limit_price)
             # Proofs of other budgets may have settled every layer: then the bound has risen without a new column.
-            has_risen = value - gain > best + self.tolerance / 16 * value
-            # (20) the Lagrangian bound of this round is value - gain
-            if limit is not None and self.timely and value - gain > best:
-                self.relaxation.prove(limit, value - gain, relaxed.limit_price)
-            best = max(best, value - gain)
-            self._report_pricing("columns", relaxed, best)
+            has_risen = bound > best + self.tolerance / 16 * value
+            best = max(best, bound)
+            self.report_pricing("columns", relaxed, best)
             settled = value - best <= self.tolerance / 4 * value or not (has_new or has_risen)
-            if not (self.timely or has_new) or settled or self.bound(best) > self.worth_seconds:
+            if settled or self.bound(best) > self.worth_seconds:
                 break
         return best, value, within_limit
 
@@ -201,64 +207,8 @@ class ColumnGeneration:
         relaxed = self._relaxation(limit_bytes)
         return relaxed.value / MS, relaxed.over < 1e-4
 
-    def _price(self, relaxed: MasterLpSolution, best: float, *, steady: bool) -> tuple[float, bool]:
-        """Price layers until little could be gained in the others: (most that could still be gained, whether there are
-        new columns).
-
-        The layer with the most to gain comes first; what its solution proves often settles layers at similar prices.
-        Prices that still change much are not worth a full proof: unless they are `steady`, new columns end the round
-        early.
-        """
-        pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
-        gap = min(1e-2, max(self.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
-        least = [pool.bound(kind, prices[i]) for i, kind in enumerate(kinds)]
-
-        def short(i: int) -> float:
-            """Most that pricing the layer could gain: its mixture's cost less the proven least cost."""
-            return max(0.0, relaxed.convexity[i] - least[i])
-
-        def settled(i: int) -> bool:
-            # A pricing problem is solved to `gap` of its cost: solving it again at such prices would prove no more.
-            return not short(i) or pool.known(kinds[i], prices[i]) - least[i] <= 1.5 * gap * least[i]
-
-        negligible = self.tolerance / 8 * relaxed.value
-        worthwhile = max(negligible, SHARE * sum(map(short, range(len(kinds)))))
-        unsettled = [i for i in range(len(kinds)) if not settled(i)]
-        has_new = False
-        while unsettled and sum(map(short, range(len(kinds)))) > (worthwhile if has_new and not steady else negligible):
-            chosen = max(unsettled, key=short)
-            try:
-                has_new = pool.price(kinds[chosen], prices[chosen], gap, self.seconds_left()) or has_new
-            except TooLargeError:
-                self.timely = False
-                has_new = self._improve(prices) or has_new
-                break
-            except TimeoutError:
-                self.timely = False
-                break
-            self._report_pricing("pricing", relaxed, best)
-            unsettled.remove(chosen)
-            for i in [chosen, *unsettled]:
-                if pool.stand_in[kinds[i]] == pool.stand_in[kinds[chosen]]:
-                    least[i] = pool.bound(kinds[i], prices[i])
-            unsettled = [i for i in unsettled if not settled(i)]
-        return sum(map(short, range(len(kinds)))), has_new
-
-    def _improve(self, prices: Sequence[Prices]) -> bool:
-        """Look for a new column of each type without programs, at the prices of its middle layer; whether there are
-        any.
-        """
-        kinds, has_new = self.pool.problem.layer_type, False
-        for kind in range(len(self.pool.columns)):
-            layers = [layer for layer, other in enumerate(kinds) if other == kind]
-            middle, seconds = layers[len(layers) // 2], self.seconds_left()
-            if seconds <= 0:
-                break
-            has_new = self.pool.improve(kind, prices[middle], seconds) or has_new
-        return has_new
-
     def _relaxation(self, limit_bytes: int | None) -> MasterLpSolution:
-        return self.relaxation.solve(limit_bytes, self.seconds_left())
+        return self.relaxation.solve(limit_bytes, self.cutoff)
 
     def _terms(self, kind: int, variables: list[int], columns: list[int]) -> LinearFigures:
         """A layer's figures over the variables of some of its columns."""
@@ -278,8 +228,8 @@ class ColumnGeneration:
 
         First those that a local search fits into what the mixtures hold. Where they cost too much, a few layers get a
         new column near their mixture, and integer programs choose: for a few of the mixed layers, then for all layers
-        among columns that cost little more than the mixture, at last among all columns. Past the deadline the best so
-        far is returned, and `timely` is False; raises TimeoutError where there is none.
+        among columns that cost little more than the mixture, at last among all columns. Raises TimeoutError where
+        `cutoff` strikes.
         """
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
@@ -292,21 +242,15 @@ class ColumnGeneration:
             (self.tolerance / 2, self._all_near, options.all_near),
             (float("inf"), self._any, True),
         )[: None if self.thorough else 1]
-        try:
-            for enough, stage, enabled in stages:
-                if not enabled:
-                    continue
-                # What costs at most this share more than the mixture is good enough.
-                if best is not None and best[0] <= (1 + enough) * relaxed.value:
-                    break
-                whole = stage(limit_bytes, relaxed)
-                if whole is not None and (best is None or whole[0] < best[0]):
-                    best = whole
-        except TimeoutError:
-            self.timely = False
-            if best is None:
-                raise
-        self.timely = self.timely and self.seconds_left() > 0
+        for enough, stage, enabled in stages:
+            if not enabled:
+                continue
+            # What costs at most this share more than the mixture is good enough.
+            if best is not None and best[0] <= (1 + enough) * relaxed.value:
+                break
+            whole = stage(limit_bytes, relaxed)
+            if whole is not None and (best is None or whole[0] < best[0]):
+                best = whole
         return None if best is None else best[1]
 
     def _fitted(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
@@ -327,7 +271,7 @@ class ColumnGeneration:
         per_instruction = problem.profile.device.floor.instruction_bytes / KIB
         for margin in MARGINS:
             windows = WindowBytes(relaxed.spare - margin * limit_bytes / KIB, mixtures, per_instruction)
-            fitted = rounding.fitted(windows, picks, self.deadline)
+            fitted = rounding.fitted(windows, picks, self.cutoff)
             if fitted is None:
                 return None
             whole = self._whole(limit_bytes, [[pick] for pick in fitted])
@@ -348,9 +292,8 @@ class ColumnGeneration:
             worth = float(mixture @ prices) + ENOUGH * relaxed.value
             if best is None or self.pool.figures[kinds[layer]][best] @ prices > worth:
                 try:
-                    self.pool.fill(kinds[layer], prices, mixture, 1e-3, self.seconds_left())
-                except TimeoutError:
-                    self.timely = False
+                    self.pool.fill(kinds[layer], prices, mixture, 1e-3, self.cutoff)
+                except TooLargeError:
                     break
         candidates = [[pick] for pick in rounded(kinds, relaxed.shares)]
         for layer in free:
@@ -396,7 +339,7 @@ class ColumnGeneration:
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> WholeColumns | None:
         """(23) The best combination of one candidate per layer (indices into the pool's columns), with its objective.
 
-        Raises TimeoutError when no time is left.
+        Raises TimeoutError where `cutoff` strikes.
         """
         if limit_bytes is not None and limit_bytes < 0:
             return None
@@ -413,7 +356,8 @@ class ColumnGeneration:
         if limit_bytes is not None:
             program.bounds(rows.bytes, 0.0, limit_bytes / KIB)
         objective = goal(rows, fewest_bytes=limit_bytes is None)
-        result = program.solve(objective, self.seconds_left(), self._whole_gap, nodes=WHOLE_NODES)
+        result = program.solve(objective, self.cutoff.left(), self._whole_gap, nodes=WHOLE_NODES)
+        self.cutoff.check()
         chosen = result.values
         if chosen is None:
             return None
@@ -421,3 +365,65 @@ class ColumnGeneration:
             self.pool.columns[kind][allowed[max(range(len(variables)), key=lambda i: chosen[variables[i]])]]
             for kind, allowed, variables in zip(problem.layer_type, candidates, picks)
         )
+
+
+class _PricingRound:
+    """Pricing at the dual prices of one solution of the master."""
+
+    def __init__(self, search: ColumnGeneration, relaxed: MasterLpSolution, best: float) -> None:
+        self.search, self.relaxed, self.best = search, relaxed, best
+        self.kinds = search.pool.problem.layer_type
+        self.accuracy = min(1e-2, max(search.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
+        """relative gap to which programs are solved"""
+        self.least = [search.pool.bound(kind, relaxed.prices[layer]) for layer, kind in enumerate(self.kinds)]
+        """per layer: the proven least cost of a column"""
+
+    def gain(self) -> float:
+        """Most that could still be gained in all layers."""
+        return sum(map(self._short, range(len(self.kinds))))
+
+    def run(self, *, steady: bool) -> bool:
+        """Price layers until little could be gained in the others; whether there are new columns.
+
+        The layer with the most to gain comes first; what its solution proves often settles layers at similar prices.
+        Prices that still change much are not worth a full proof: unless they are `steady`, new columns end the round
+        early. Raises TimeoutError where the search is cut.
+        """
+        pool, kinds, prices = self.search.pool, self.kinds, self.relaxed.prices
+        negligible = self.search.tolerance / 8 * self.relaxed.value
+        worthwhile = max(negligible, SHARE * self.gain())
+        unsettled = [layer for layer in range(len(kinds)) if not self._settled(layer)]
+        has_new = False
+        while unsettled and self.gain() > (worthwhile if has_new and not steady else negligible):
+            chosen = max(unsettled, key=self._short)
+            try:
+                has_new = pool.price(kinds[chosen], prices[chosen], self.accuracy, self.search.cutoff) or has_new
+            except TooLargeError:
+                return self._improve() or has_new
+            self.search.report_pricing("pricing", self.relaxed, self.best)
+            unsettled.remove(chosen)
+            for layer in [chosen, *unsettled]:
+                if pool.stand_in[kinds[layer]] == pool.stand_in[kinds[chosen]]:
+                    self.least[layer] = pool.bound(kinds[layer], prices[layer])
+            unsettled = [layer for layer in unsettled if not self._settled(layer)]
+        return has_new
+
+    def _short(self, layer: int) -> float:
+        """Most that pricing the layer could gain: its mixture's cost less the proven least cost."""
+        return max(0.0, self.relaxed.convexity[layer] - self.least[layer])
+
+    def _settled(self, layer: int) -> bool:
+        # A pricing problem is solved to `accuracy` of its cost: solving it again at such prices would prove no more.
+        known = self.search.pool.known(self.kinds[layer], self.relaxed.prices[layer])
+        return not self._short(layer) or known - self.least[layer] <= 1.5 * self.accuracy * self.least[layer]
+
+    def _improve(self) -> bool:
+        """Look for a new column of each type without programs, at the prices of its middle layer; whether there are
+        any.
+        """
+        pool, has_new = self.search.pool, False
+        for kind in range(len(pool.columns)):
+            layers = [layer for layer, other in enumerate(self.kinds) if other == kind]
+            prices = self.relaxed.prices[layers[len(layers) // 2]]
+            has_new = pool.improve(kind, prices, self.search.cutoff) or has_new
+        return has_new

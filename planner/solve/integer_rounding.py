@@ -10,12 +10,12 @@ of (23) in docs/formulation.md.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.solve.pricing import ROUNDING, Prices
 
@@ -148,21 +148,20 @@ class ColumnRounding:
         self._columns = np.array(kinds)[:, None] * count + self._candidates
         self._column_count = count * (1 + max(kinds))
 
-    def fitted(self, windows: WindowBytes, picks: Sequence[int], deadline: float) -> list[int] | None:
+    def fitted(self, windows: WindowBytes, picks: Sequence[int], cutoff: Cutoff = NEVER) -> list[int] | None:
         """A combination that fits, near `picks` (per layer, an index into its type's columns); None: none was found.
 
-        Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; after that, the one found
-        so far is returned.
+        Raises TimeoutError where `cutoff` strikes.
         """
         chosen = (self._candidates == np.array(picks)[:, None]).argmax(axis=1)
-        if not self._repair(windows, chosen, deadline):
+        if not self._repair(windows, chosen, cutoff):
             # Start again from the columns that hold least: they are the likeliest to fit, and are improved from there.
             chosen = self._figures[..., BYTES].sum(axis=-1).argmin(axis=1)
-            if not self._repair(windows, chosen, deadline):
+            if not self._repair(windows, chosen, cutoff):
                 return None
         for _ in range(STEPS * len(self._layers)):
-            better = self._improve(windows, chosen) or self._exchange(windows, chosen)
-            if not better or time.monotonic() > deadline:
+            cutoff.check()
+            if not (self._improve(windows, chosen) or self._exchange(windows, chosen)):
                 break
         return [int(pick) for pick in self._candidates[self._layers, chosen]]
 
@@ -179,7 +178,7 @@ class ColumnRounding:
         costs: Floats = self._cost - self._cost[self._layers, chosen][:, None]
         return costs
 
-    def _repair(self, windows: WindowBytes, chosen: Numbers, deadline: float) -> bool:
+    def _repair(self, windows: WindowBytes, chosen: Numbers, cutoff: Cutoff) -> bool:
         """Change one layer after the other, each time for the most bytes over capacity per ms, until all fit; whether
         they do.
         """
@@ -187,8 +186,7 @@ class ColumnRounding:
             free = windows.free(self._chosen(chosen))
             if (free >= -ROUNDING).all():
                 return True
-            if time.monotonic() > deadline:
-                raise TimeoutError
+            cutoff.check()
             over = np.maximum(-free, 0.0).sum()
             changes = self._changes(chosen)[:, :REPAIRING]
             excess = np.stack([windows.excess(free, layer, change) for layer, change in enumerate(changes)])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.formulation.step_constraints import LinearFigures, StepConstraints, add_step_constraints
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, LayerFigures
 from tightfit.planner.solve.pricing import ColumnPool, Prices
@@ -19,6 +20,8 @@ from tightfit.planner.solvers.lp import INFINITY, GrowingProgram, Linear
 
 MOVE_PRICE = 1e-4
 """(17) cost of a second of disk time, where a second of the step costs 1: breaks ties in favour of moving less"""
+SECOND_PRICE = 1e-6
+"""(17) KiB per ms of the step, where the fewest bytes are asked for: breaks ties"""
 OVERFLOW_PRICE = 10.0
 """(18) ms per KiB over the limit, while no combination that fits is known"""
 
@@ -26,7 +29,7 @@ OVERFLOW_PRICE = 10.0
 def goal(rows: StepConstraints, *, fewest_bytes: bool, priced: bool = True) -> Linear:
     """(17) Objective of the step: its time, with a small price on transfers where they are `priced`, or its bytes."""
     if fewest_bytes:
-        return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
+        return Linear().add(rows.bytes).plus(rows.total_ms, SECOND_PRICE)
     return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE if priced else 0.0)
 
 
@@ -83,12 +86,16 @@ class MasterLp:
         """the limit last solved for, and its solution as long as no columns come in"""
         self._proven: list[tuple[int, float, float]] = []
         """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
+        self._fewest = 0.0
+        """lower bound of the objective without a limit, in KiB"""
+        self.excluded = -1
+        """the largest limit, in bytes, within which no plan of the class is proven to be"""
 
-    def solve(self, limit_bytes: int | None, seconds: float) -> MasterLpSolution:
+    def solve(self, limit_bytes: int | None, cutoff: Cutoff = NEVER) -> MasterLpSolution:
         """The shortest step within `limit_bytes`, or, without a limit, the fewest bytes; with dual prices of each
         layer's figures.
 
-        Raises TimeoutError where `seconds` do not suffice.
+        Raises TimeoutError where `cutoff` strikes.
         """
         if self._grow():
             self._solved = None
@@ -96,7 +103,7 @@ class MasterLp:
             return self._solved[1]
         limited = limit_bytes is not None
         self._program.row_bounds(self._limit, -limit_bytes / KIB if limit_bytes is not None else -INFINITY, INFINITY)
-        result = self._program.solve(self._fastest if limited else self._fewest_bytes, seconds)
+        result = self._program.solve(self._fastest if limited else self._fewest_bytes, cutoff.left())
         duals, values = result.duals, result.values
         if duals is None or values is None:
             raise TimeoutError
@@ -118,14 +125,21 @@ class MasterLp:
         unused = limit_bytes / KIB - values[self._bytes]
         return unused + np.array([[left.value(values) for left in windows] for windows in self._spare])
 
-    def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:
-        """(22) Remember a Lagrangian bound of the objective at a limit; at the same prices it gives one at every
-        limit.
+    def prove(self, limit_bytes: int | None, bound: float, limit_price: float) -> None:
+        """(22) Remember a Lagrangian bound of the objective at a limit, or without one; at the same prices it gives
+        one at every limit.
         """
+        if limit_bytes is None:
+            self._fewest = max(self._fewest, bound)
+            return
         self._proven.append((limit_bytes, bound, limit_price))
 
-    def proven(self, limit_bytes: int) -> float:
-        """(22) The highest bound of the objective at a limit that those remembered give, and at least 0."""
+    def proven(self, limit_bytes: int | None) -> float:
+        """(22) The highest bound of the objective at a limit that those remembered give, and at least 0; without a
+        limit in KiB, with one in ms.
+        """
+        if limit_bytes is None:
+            return self._fewest
         bounds = (bound - price * (limit_bytes - limit) / KIB for limit, bound, price in self._proven)
         return max(0.0, max(bounds, default=0.0))
 

@@ -1,21 +1,17 @@
-"""The search at one budget: columns chosen and realised as schedules within a time limit, the best schedule so far and
-its bound.
-"""
+"""The search at one budget: columns chosen and realised as schedules, the best schedule so far and its bound."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.realize import Schedule, realize
 from tightfit.planner.search_options import ALL, SearchOptions, SearchProgress
-from tightfit.planner.solve.column_generation import ColumnGeneration
+from tightfit.planner.solve.column_generation import ColumnGeneration, report
 
 GOOD = 4e-3
 """relative gap; where a schedule is this near its bound, columns are not chosen again; farther away, it may be far from
@@ -33,10 +29,8 @@ reserve
 """
 CLOSE = 1.2
 """ratio of two reserves between which no other is worth trying"""
-REALIZE_SECONDS = 2.2e-4
-"""what realising columns as a schedule takes, per operator of the step: a search this near its deadline stops"""
-RealizeQuestion = tuple[tuple[Column, ...], Segments, int]
-"""columns, segments, and the bytes that their schedule is to fit into"""
+RealizeQuestion = tuple[tuple[Column, ...], Segments, int, SearchOptions]
+"""columns, segments, the bytes that their schedule is to fit into, and how it is looked for"""
 
 
 @dataclass(kw_only=True)
@@ -46,25 +40,19 @@ class BudgetSearch:
     problem: LayeredStep
     limit: int
     """bytes for the arena and the instructions"""
-    started: float
-    """on the monotonic clock"""
-    deadline: float
+    cutoff: Cutoff
     progress: SearchProgress | None = None
     options: SearchOptions = ALL
     gap: float = 0.0
     """share of its time by which a schedule may be slower than the best and still end the search"""
     bound: float = 0.0
     """seconds that no schedule of the kind searched for undercuts"""
-    timely: bool = True
-    """whether every search so far came to its end before the deadline"""
     schedules: list[Schedule] = field(default_factory=list)
     """schedules that fit"""
     realized: dict[RealizeQuestion, tuple[Schedule | None, int]] = field(default_factory=dict)
     """each question so far -> its schedule, if one fits, and the bytes that it has too many; copies made by `replace`
     share it
     """
-    realize_seconds: list[float] = field(default_factory=list)
-    """seconds that each realisation took; shared too"""
 
     @property
     def best(self) -> Schedule | None:
@@ -85,49 +73,27 @@ class BudgetSearch:
         repeated = any(schedule.seconds <= self.schedules[-1].seconds for schedule in self.schedules[:-1])
         return self.near(self.bound, max(self.gap, FAIR if repeated else GOOD))
 
-    def until(self, share: float) -> float:
-        """The moment at which this share of the time is over."""
-        return self.started + share * (self.deadline - self.started)
-
-    @contextmanager
-    def within(self, share: float = 1.0) -> Iterator[None]:
-        """End after this share of the time, and leave the rest to what follows; a TimeoutError ends only what is
-        inside, and `timely` is then False.
+    def try_columns(
+        self, columns: tuple[Column, ...], segments: Segments = (), quick: SearchOptions | None = None
+    ) -> tuple[Schedule | None, int]:
+        """As `realize`, once for each question, with the options `quick` where the schedule is wanted soon; one that
+        fits is added to `schedules`. Raises TimeoutError where the search is cut.
         """
-        deadline = self.deadline
-        self.deadline = self.until(share)
-        try:
-            yield
-        except TimeoutError:
-            self.timely = False
-        finally:
-            self.deadline = deadline
-
-    def has_time_to_realize(self) -> bool:
-        """Whether there is time left to realise columns as a schedule."""
-        # On a busy machine that takes longer than on an idle one: as long as the last time, if that is more.
-        needed = max([REALIZE_SECONDS * len(self.problem.graph.steps), *self.realize_seconds[-1:]])
-        return self.deadline - time.monotonic() > needed
-
-    def try_columns(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
-        """As `realize`, once for each question; a schedule that fits is added to `schedules`."""
-        question = columns, segments, self.limit
-        outcome = self.realized.get(question)
-        if outcome is None:
-            began = time.monotonic()
-            outcome = realize(
-                self.problem, columns, self.limit, deadline=self.deadline, segments=segments, options=self.options
+        options = self.options if quick is None else quick
+        question = columns, segments, self.limit, options
+        if question not in self.realized:
+            self.realized[question] = realize(
+                self.problem, columns, self.limit, segments=segments, options=options, cutoff=self.cutoff
             )
-            self.realize_seconds.append(time.monotonic() - began)
-            if time.monotonic() <= self.deadline:
-                self.realized[question] = outcome
-            else:
-                # Past the deadline `realize` tries less: another call may come to more.
-                self.timely = False
-        schedule, excess = outcome
+        schedule, excess = self.realized[question]
         if schedule is not None:
-            self.schedules.append(schedule)
+            self.found(schedule)
         return schedule, excess
+
+    def found(self, schedule: Schedule) -> None:
+        """Enter a schedule that fits, and report it."""
+        self.schedules.append(schedule)
+        report(self.progress, self.cutoff, "carried out", schedule.seconds, self.bound)
 
     def choose_anew(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
         """As `choose`, as if nothing had been found yet."""
@@ -136,7 +102,6 @@ class BudgetSearch:
             fresh.choose(search, choices)
         finally:
             self.schedules += fresh.schedules
-            self.timely = self.timely and fresh.timely
 
     def choose(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
         """Choose whole columns within the limit less a reserve and realise them, with a larger reserve until all
@@ -146,8 +111,7 @@ class BudgetSearch:
         (prefetching uses it), until that gains nothing twice in a row; where the schedule hardly waits, one smaller
         reserve is tried. Once schedules are known to wait, columns are priced for each further reserve: other columns
         are good there. Once one reserve is known with which schedules wait, and one with which they do not or that no
-        columns leave, the next lies between the two. Raises TimeoutError where time is up before any columns are
-        chosen.
+        columns leave, the next lies between the two. Raises TimeoutError where the search is cut.
         """
         reserve_step = self.reserve
         largest_reserve = reserve = reserve_step
@@ -155,16 +119,12 @@ class BudgetSearch:
         exhausted = slower = False
         previous: tuple[Column, ...] = ()
         while choices:
-            if not self.has_time_to_realize():
-                self.timely = False
-                break
             if reserves.waiting and self.options.reserve_pricing:
                 self._price(search, reserve)
             chosen = search.choose(self.limit - reserve)
             if chosen == previous and not reserves.idle:
                 reserve += 2 * reserve_step
                 chosen = search.choose(self.limit - reserve)
-            self.timely = self.timely and search.timely
             fastest = self.best
             if chosen is None and reserves.waiting:
                 reserves.idle = reserve
@@ -184,7 +144,6 @@ class BudgetSearch:
                     if fastest is not None and reserve >= largest_reserve:
                         break
                     continue
-                search.report("carried out", schedule.seconds, self.bound)
                 if self.good_enough() or not self.options.reserves:
                     break
                 lost_seconds = schedule.seconds - self.bound
@@ -211,7 +170,6 @@ class BudgetSearch:
         best_seconds = min((schedule.seconds for schedule in self.schedules), default=math.inf)
         pricing = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=best_seconds)
         pricing.columns()
-        self.timely = self.timely and pricing.timely
 
 
 @dataclass(kw_only=True)

@@ -1,43 +1,45 @@
-"""The search at any budget, and for the smallest one: columns that `column_generation` finds, realised as schedules in
-a time limit.
+"""The search at any budget, and for the smallest one: a sequence of stages, each of which leaves schedules that are
+equal or better: what is known at once, then columns that `column_generation` finds, then fixed rules.
+
+What a stage does, and when it ends, depends on results and on work. The clock only cuts: what is known then is the
+answer, with its bound.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from tightfit.planner.cutoff import LONGEST, Cutoff
 from tightfit.planner.plan_result import ROUNDING
-from tightfit.planner.problem.layer_figures import KIB
+from tightfit.planner.problem.layer_figures import KIB, MS
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.schedule.realize import CyclePart, Schedule, smallest_arena
-from tightfit.planner.search_options import ALL, HELD_UP, SearchOptions, SearchProgress
+from tightfit.planner.schedule.realize import CyclePart, Schedule, realize, smallest_arena
+from tightfit.planner.search_options import ALL, SearchOptions, SearchProgress
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
 from tightfit.planner.solve.greedy import greedy
-from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp
+from tightfit.planner.solve.master_lp import MOVE_PRICE, SECOND_PRICE, MasterLp, MasterLpSolution
 from tightfit.planner.solve.minimum_budget import lower_peak
-from tightfit.planner.solve.model_budget_search import REALIZE_SECONDS, BudgetSearch
+from tightfit.planner.solve.model_budget_search import BudgetSearch
 from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
 from tightfit.planner.solve.pricing import ColumnPool
+from tightfit.planner.solvers.highs import MARGIN
 from tightfit.runtime.common.gc_pause import paused_collector
 
 MINIMUM_STEP = 1e-3
 """share of the smallest budget so far by which it is lower_peak at first"""
-LOWEST_SHARE = 0.6
-"""share of the time after which column generation for the fewest bytes ends"""
-CLEARLY = 0.95
-"""share of a budget's room: where a mixture of columns takes at most that, a plan is taken to fit"""
 JOINT_ROUNDS = 4
 """limits tried with one program, each lower by the bytes that the schedule before had too many"""
-GREEDY_ROUNDS = 6
+GREEDY_ROUNDS = 3
 """limits tried with greedy choices in the same way"""
-RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
-"""shares of the time after which column generation ends, under relaxed and under careful constraints"""
-RULES_SHARE = 0.25
-"""share of the time limit, at most, that is left to realise fixed rules; where they take more, they come first"""
+PEEK_GAIN = 0.05
+"""share by which the mixture of a round of pricing takes less than the last one near which columns were chosen at once,
+for them to be chosen again
+"""
+PEEK_GAP = 0.01
+"""relative gap of the best schedule to the bound up to which that is done"""
 NEAR = 1e-3
 """a fixed rule whose computation takes at most this share longer than the bound of any schedule is realised before
 anything is searched for
@@ -63,10 +65,6 @@ class SearchResult:
     """no schedule at all is faster"""
     interrupted: bool = False
     """whether Ctrl-C ended the search"""
-    stalled: bool = False
-    """whether only the search for a proof was given up before the time limit"""
-    fallback: bool = False
-    """the time limit ended the search before it had a plan: a greedy choice or a fixed rule stands in"""
     deterministic: bool = True
     """False where the time limit, or the user, ended the search"""
 
@@ -93,8 +91,8 @@ class Solver:
         """the schedule of the lowest peak found"""
         self._lowest_proven = False
         """whether the search for it came to its end"""
-        self._by_clock = False
-        """whether the clock has ended any search: columns that are there by chance are then not tried before a budget's
+        self._cut = False
+        """whether the clock has cut any search: columns that are there by chance are then not tried before a budget's
         own are priced
         """
 
@@ -140,22 +138,14 @@ class Solver:
         return min(budget_bytes, MOST_BYTES) - self.problem.taken_bytes
 
     @cached_property
-    def smallest(self) -> Schedule:
-        """The schedule of the smallest fixed rule, where the search for the smallest budget starts."""
-        return smallest_arena(self.problem, rule_columns(self.problem, smallest))
+    def _soon(self) -> SearchOptions:
+        """How a schedule is realised that is wanted soon: no arena is searched for."""
+        return replace(self.options, packing=False, spreading=False)
 
-    def tight(self, budget_bytes: int) -> bool:
-        """Whether the budget may be below the smallest one: then that is found first."""
-        columns = rule_columns(self.problem, smallest)
-        if self.room(budget_bytes) >= 1.1 * charged_bytes(self.problem, columns):
-            return False
-        # Of many tiles the smallest arena takes minutes to find; one that is found at once may do.
-        if (
-            "smallest" not in vars(self)
-            and smallest_arena(self.problem, columns, deadline=0.0).peak_bytes <= budget_bytes
-        ):
-            return False
-        return self.smallest.peak_bytes > budget_bytes
+    @cached_property
+    def smallest(self) -> Schedule:
+        """A schedule of the smallest fixed rule, where the search for the smallest budget starts."""
+        return smallest_arena(self.problem, rule_columns(self.problem, smallest), options=self._soon)
 
     # --- at a budget -----------------------------------------------------------------------------------------------
 
@@ -163,7 +153,7 @@ class Solver:
     def solve(
         self,
         budget_bytes: int,
-        deadline: float,
+        cutoff: Cutoff,
         progress: SearchProgress | None,
         *,
         bound: float = 0.0,
@@ -176,12 +166,12 @@ class Solver:
         """
         earlier_outcome = self._outcomes.get((budget_bytes, gap))
         if earlier_outcome is None:
-            outcome = self._solve(budget_bytes, deadline, progress, bound, gap)
+            outcome = self._solve(budget_bytes, cutoff, progress, bound, gap)
         else:
             outcome = replace(earlier_outcome, any_bound_seconds=max(bound, earlier_outcome.any_bound_seconds))
         if outcome.deterministic:
             self._outcomes[budget_bytes, gap] = outcome
-        self._by_clock = self._by_clock or not outcome.deterministic
+        self._cut = self._cut or not outcome.deterministic
         self.proven[budget_bytes] = max(self.proven.get(budget_bytes, 0.0), outcome.bound_seconds)
         fitting = [one for one in self.results if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
         earlier = min(fitting, key=_seconds, default=None)
@@ -189,7 +179,6 @@ class Solver:
             return replace(
                 outcome,
                 schedule=earlier.schedule,
-                fallback=earlier.fallback,
                 deterministic=earlier.deterministic and outcome.deterministic,
             )
         if earlier_outcome is None and outcome.schedule is not None:
@@ -197,72 +186,101 @@ class Solver:
         return outcome
 
     def _solve(
-        self, budget_bytes: int, deadline: float, progress: SearchProgress | None, any_bound: float, gap: float
+        self, budget_bytes: int, cutoff: Cutoff, progress: SearchProgress | None, any_bound: float, gap: float
     ) -> SearchResult:
-        started = time.monotonic()
         attempt = BudgetSearch(
             problem=self.problem,
             limit=self.room(budget_bytes),
-            deadline=deadline,
-            started=started,
+            cutoff=cutoff,
             progress=progress,
             gap=max(ROUNDING, gap),
             bound=any_bound,
             options=self.options,
         )
-        rules_seconds, rules_limit = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
-        rules_first = rules_seconds > rules_limit
-        # On a busy machine the rules take a few times as long as on an idle one.
-        attempt.deadline -= 0.0 if rules_first else min(HELD_UP * rules_seconds, rules_limit)
-        fallback = interrupted = False
+        ended, interrupted = True, False
         try:
-            self._by_rules(attempt, any_bound, most=float("inf") if rules_first else any_bound * (1 + NEAR))
-            best_rule = attempt.best
-            if not attempt.near(any_bound, attempt.gap):
-                with attempt.within():
-                    self._in_the_class(attempt)
-                if attempt.best is best_rule and not attempt.timely and self.options.greedy:
-                    self._greedily(attempt)
-                    fallback = True
+            self._stages(attempt, any_bound)
+        except TimeoutError:
+            ended = False
         except KeyboardInterrupt:
             if not attempt.schedules:
                 raise
-            attempt.timely = False
-            interrupted = True
-        attempt.deadline = deadline
-        self._by_rules(attempt, any_bound)
+            ended, interrupted = False, True
+        proven = ColumnGeneration(relaxation=self.relaxed, limit_bytes=attempt.limit, cutoff=cutoff)
         return SearchResult(
             schedule=attempt.best,
-            bound_seconds=attempt.bound,
+            bound_seconds=max(attempt.bound, proven.bound(self.relaxed.proven(attempt.limit))),
             any_bound_seconds=any_bound,
             interrupted=interrupted,
-            fallback=fallback,
-            deterministic=attempt.timely,
+            deterministic=ended,
         )
 
-    def bound(self, budget_bytes: int, deadline: float) -> float | None:
+    def _stages(self, attempt: BudgetSearch, any_bound: float) -> None:
+        """The stages in their order, until a schedule is proven good enough. Raises TimeoutError where the clock
+        cuts.
+        """
+        self._at_once(attempt)
+        if attempt.near(any_bound, attempt.gap):
+            return
+        self._by_rules(attempt, any_bound, most=any_bound * (1 + NEAR))
+        if attempt.near(any_bound, attempt.gap):
+            return
+        self._in_the_class(attempt)
+        self._by_rules(attempt, any_bound)
+
+    def _at_once(self, attempt: BudgetSearch) -> None:
+        """A first schedule, of columns that are known, chosen greedily and realised without any search. Nothing cuts
+        this, so that there is a plan wherever these columns fit.
+        """
+        if not self.options.greedy:
+            return
+        quick = replace(self._soon, moving_in_place=False)
+        # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the
+        # same.
+        limit = attempt.limit - attempt.reserve
+        columns = greedy(self.problem, self.pool, limit)
+        if columns is None:
+            limit = attempt.limit
+            columns = greedy(self.problem, self.pool, limit)
+        for _ in range(GREEDY_ROUNDS):
+            if columns is None:
+                return
+            schedule, excess = realize(self.problem, columns, attempt.limit, options=quick)
+            if schedule is not None:
+                attempt.found(schedule)
+                return
+            limit -= max(excess, attempt.reserve)
+            columns = greedy(self.problem, self.pool, limit)
+
+    def bound(self, budget_bytes: int, cutoff: Cutoff) -> float | None:
         """Seconds per step that no plan of the class undercuts at a budget; None where the model finds none that fits.
 
-        Raises TimeoutError where the deadline strikes first.
+        Raises TimeoutError where the clock cuts first.
         """
-        search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), deadline=deadline)
+        search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), cutoff=cutoff)
         if self._one_program:
             answer = search.joint()
             return None if answer is None else answer.bound_seconds
-        lower, _, limit_kept = search.columns()
-        if not search.timely:
-            self._by_clock = True
-            raise TimeoutError
+        try:
+            lower, _, limit_kept = search.columns()
+        except TimeoutError:
+            self._cut = True
+            raise
         return search.bound(lower) if limit_kept else None
 
     def _in_the_class(self, attempt: BudgetSearch) -> None:
         """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of
-        them.
+        them, as if no schedule were known yet: what is known by then says nothing of the reserves worth trying.
         """
-        if self._one_program:
-            self._jointly(attempt)
-        else:
-            self._by_columns(attempt)
+        search = replace(attempt, schedules=[])
+        try:
+            if self._one_program:
+                self._jointly(search)
+            else:
+                self._by_columns(search, attempt)
+        finally:
+            attempt.schedules += search.schedules
+            attempt.bound = max(attempt.bound, search.bound)
 
     def _jointly(self, attempt: BudgetSearch) -> None:
         """A small model as one program; where its optimum finds no place in the arena, again with a lower limit."""
@@ -272,7 +290,7 @@ class Solver:
                 search = ColumnGeneration(
                     relaxation=self.careful if careful else self.relaxed,
                     limit_bytes=allowed,
-                    deadline=attempt.deadline,
+                    cutoff=attempt.cutoff,
                     progress=attempt.progress,
                 )
                 answer = search.joint()
@@ -280,36 +298,36 @@ class Solver:
                     break
                 if allowed == attempt.limit and not careful:
                     attempt.bound = max(attempt.bound, answer.bound_seconds)
-                attempt.timely = attempt.timely and answer.proven
                 schedule, excess = attempt.try_columns(answer.columns)
                 if schedule is not None:
-                    search.report("carried out", schedule.seconds, attempt.bound)
                     break
                 allowed -= excess
             if attempt.near(attempt.bound, attempt.gap):
                 return
         if attempt.near(attempt.bound, 2 * MOVE_PRICE):
             # Without its price on transfers the program may prove the schedule the best.
-            search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=attempt.limit, deadline=attempt.deadline)
+            search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=attempt.limit, cutoff=attempt.cutoff)
             answer = search.joint(priced=False)
             if answer is not None:
                 attempt.bound = max(attempt.bound, answer.bound_seconds)
-                attempt.timely = attempt.timely and answer.proven
                 if not attempt.near(attempt.bound, attempt.gap):
                     attempt.try_columns(answer.columns)
 
-    def _by_columns(self, attempt: BudgetSearch) -> None:
-        """A large model: a bound under relaxed constraints, columns chosen under those that plans can really keep."""
+    def _by_columns(self, attempt: BudgetSearch, whole: BudgetSearch) -> None:
+        """A large model: a bound under relaxed constraints, columns chosen under those that plans can really keep.
+        `whole`: the search that this is a stage of, which gets a schedule now and then before columns are all priced.
+        """
         relaxed = ColumnGeneration(
             relaxation=self.relaxed,
             limit_bytes=attempt.limit,
-            deadline=attempt.until(RELAXED_SHARE),
+            cutoff=attempt.cutoff,
             progress=attempt.progress,
+            watch=_Peeks(whole, self.relaxed, self._soon),
         )
         careful = ColumnGeneration(
             relaxation=self.careful,
             limit_bytes=attempt.limit,
-            deadline=attempt.until(CAREFUL_SHARE),
+            cutoff=attempt.cutoff,
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
@@ -318,11 +336,10 @@ class Solver:
         """whether columns chosen near the relaxed mixture have given a schedule"""
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
-            if self.results and not self._by_clock and self.options.early_choice:
+            if self.results and not self._cut and self.options.early_choice:
                 self._early(early, careful)
             if not early.good_enough():
                 lower, _, limit_kept = relaxed.columns()
-                attempt.timely = attempt.timely and relaxed.timely
                 if not limit_kept:
                     return
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
@@ -336,17 +353,15 @@ class Solver:
                 self._carefully(attempt, relaxed, careful, chosen=chosen)
         finally:
             attempt.schedules += early.schedules
-            attempt.timely = attempt.timely and early.timely
         if attempt.schedules and not attempt.good_enough():
-            finer = replace(relaxed, tolerance=FINER_TOLERANCE, deadline=attempt.deadline)
+            finer = replace(relaxed, tolerance=FINER_TOLERANCE, watch=None)
             attempt.bound = max(attempt.bound, finer.bound(finer.columns()[0]))
-            attempt.timely = attempt.timely and finer.timely
 
     def _early(self, attempt: BudgetSearch, search: ColumnGeneration) -> bool:
         """A few choices among the columns known so far by the local search alone, where a mixture of them comes near
         the bound; whether that gave a schedule.
         """
-        quick = replace(search, deadline=attempt.deadline, thorough=False)
+        quick = replace(search, thorough=False)
         seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
         known = len(attempt.schedules)
         if fits and seconds - attempt.bound <= EARLY_GAP * seconds:
@@ -362,7 +377,6 @@ class Solver:
         relaxed_first = chosen or not self.options.careful or not careful.keeps_limit()
         if relaxed_first and not chosen:
             # No columns known leave memory for prefetching, and such columns are slow to find: first of all a plan.
-            relaxed.deadline = attempt.deadline
             attempt.choose(relaxed)
             if attempt.good_enough():
                 return
@@ -373,148 +387,110 @@ class Solver:
         # Where memory is too tight for prefetching, the relaxed choice is all there is; where it is nearly so, one
         # more.
         lower, _, limit_kept = careful.columns()
-        attempt.timely = attempt.timely and careful.timely
-        careful.deadline = relaxed.deadline = attempt.deadline
         if limit_kept and careful.bound(lower) <= careful.worth_seconds:
             attempt.choose(careful)
         if not relaxed_first and not (limit_kept and attempt.good_enough()):
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: BudgetSearch, any_bound: float, most: float = float("inf")) -> None:
-        """Realise each fixed rule that fits and may be faster: as far as there is time for it, no plan is slower than
-        one of them.
+        """Realise each fixed rule that fits and may be faster: a search that ends by itself has no plan slower than one
+        of them.
 
         `most`: seconds that a rule's computation may take at most.
         """
         for part in self._rules if self.options.rules else ():
-            best, columns = attempt.best, part.columns
-            computing = part.computing_seconds
+            best, computing = attempt.best, part.computing_seconds
             # Plans with segments are not in the class, and its bound does not hold for them.
             bound = any_bound if part.segments else attempt.bound
             if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, attempt.gap):
                 continue
-            if self._may_fit(part, attempt.limit):
-                if best is not None and not attempt.has_time_to_realize():
-                    attempt.timely = False
-                    return
-                attempt.try_columns(columns, part.segments)
-
-    def _may_fit(self, part: CyclePart, limit: int) -> bool:
-        """Whether a fixed rule may fit `limit` bytes of arena and instructions."""
-        # With segments a rule holds less than its columns' figures say.
-        return bool(part.segments) or charged_bytes(self.problem, part.columns) <= limit
-
-    def _seconds_of_rules(self, limit: int) -> float:
-        """That realising all fixed rules that may fit takes on an idle machine."""
-        fitting = sum(self._may_fit(part, limit) for part in self._rules)
-        return REALIZE_SECONDS * len(self.problem.graph.steps) * fitting
-
-    def _greedily(self, attempt: BudgetSearch) -> None:
-        reserve = attempt.reserve
-        # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the
-        # same.
-        limit = attempt.limit - reserve
-        columns = greedy(self.problem, self.pool, limit)
-        if columns is None:
-            limit = attempt.limit
-            columns = greedy(self.problem, self.pool, limit)
-        for round_number in range(GREEDY_ROUNDS):
-            if columns is None or (round_number and not attempt.has_time_to_realize()):
-                return
-            schedule, excess = attempt.try_columns(columns)
-            if schedule is not None:
-                return
-            limit -= max(excess, reserve)
-            columns = greedy(self.problem, self.pool, limit)
+            # With segments a rule holds less than its columns' figures say.
+            if part.segments or charged_bytes(self.problem, part.columns) <= attempt.limit:
+                attempt.try_columns(part.columns, part.segments)
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
-    def reaches(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether the budget is at least the smallest one, as far as can be told in time: surely where a plan is known
-        that fits, most likely where a mixture of columns takes clearly less; else as `lowest_schedule` says.
-        """
-        if any(schedule.peak_bytes <= budget_bytes for schedule in self._known):
-            return True
-        if not self._lowest_proven and not self._one_program:
-            clear_kib = CLEARLY * self.room(budget_bytes) / KIB
-            search = ColumnGeneration(
-                relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline)
-            )
-            _, fewest, _ = search.columns(clear_kib)
-            self._by_clock = self._by_clock or not search.timely
-            if fewest <= clear_kib:
-                return True
-        lowest, timely = self.lowest_schedule(deadline)
-        return not timely or lowest.peak_bytes <= budget_bytes
+    @property
+    def fewest_bytes(self) -> int:
+        """No plan of the class that takes at most a day for a step holds fewer, as far as that is proven by now."""
+        kib = self.relaxed.proven(None) * (1 - MARGIN) - SECOND_PRICE * MS * LONGEST
+        arena = max(int(kib * KIB), self.relaxed.excluded + 1)
+        return max(self.problem.profile.device.floor.start_peak_bytes, self.problem.taken_bytes + arena)
 
-    def lowest_schedule(self, deadline: float) -> tuple[Schedule, bool]:
+    def lowest_schedule(self, cutoff: Cutoff) -> tuple[Schedule, bool]:
         """The schedule of the lowest peak found, and whether the searches behind it came to their end."""
         lowest = min([self.smallest, *self._known], key=lambda schedule: schedule.peak_bytes)
         if not self._lowest_proven or self._lowest is None or lowest.peak_bytes < self._lowest.peak_bytes:
             self._lowest = lowest
             try:
-                timely = self._lower(deadline)
+                self._lowest_proven = self._lower(cutoff)
             except TimeoutError:
-                timely = False
-            self._by_clock = self._by_clock or not timely
-            self._lowest_proven = timely and time.monotonic() < deadline
+                self._lowest_proven = False
+            self._cut = self._cut or not self._lowest_proven
         assert self._lowest is not None
         by_chance = any(result.schedule is self._lowest and not result.deterministic for result in self.results)
         return self._lowest, self._lowest_proven and not by_chance
 
-    def _lower(self, deadline: float) -> bool:
+    def _lower(self, cutoff: Cutoff) -> bool:
         """Search for schedules of lower peaks than the lowest so far; whether the search came to its end."""
         assert self._lowest is not None
         best = self._lowest
-        now = time.monotonic()
         joint = self._one_program
-        until = deadline if joint else share_of(LOWEST_SHARE, deadline)
-        search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=None, deadline=until)
+        search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=None, cutoff=cutoff)
         chosen: tuple[Column, ...] | None
         if joint:
             answer = search.joint()
             chosen = None if answer is None else answer.columns
         else:
             search.columns()
-            search.deadline = deadline
             chosen = search.choose(None)
-        attempt = BudgetSearch(
-            problem=self.problem,
-            limit=self.room(best.peak_bytes),
-            deadline=deadline,
-            started=now,
-            options=self.options,
-        )
-        if chosen is not None and attempt.has_time_to_realize():
-            lower = smallest_arena(self.problem, chosen, deadline)
+        if chosen is not None:
+            lower = smallest_arena(self.problem, chosen, cutoff)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
-        timely = True
+        attempt = BudgetSearch(
+            problem=self.problem, limit=self.room(best.peak_bytes), cutoff=cutoff, options=self.options
+        )
 
         def below(lowest: Schedule, step: int) -> Schedule | None:
-            nonlocal timely
-            if not attempt.has_time_to_realize():
-                raise TimeoutError
-            trial = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, schedules=[], realized={})
-            with trial.within():
+            trial = replace(attempt, limit=self.room(lowest.peak_bytes - step), schedules=[], realized={})
+            try:
                 if joint:
                     self._jointly(trial)
                 else:
                     columns = search.choose(trial.limit)
                     if columns is not None:
                         trial.try_columns(columns)
-            timely = timely and trial.timely
-            self._lowest = trial.best or self._lowest
+            finally:
+                self._lowest = trial.best or self._lowest
             return trial.best
 
         floor = self.problem.profile.device.floor.start_peak_bytes
         _, ended = lower_peak(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
-        return ended and search.timely and timely
+        return ended
 
 
-def share_of(share: float, deadline: float) -> float:
-    """The moment at which this share of the time from now to the deadline is over."""
-    now = time.monotonic()
-    return now + share * (deadline - now)
+class _Peeks:
+    """Gives a search schedules while its columns are still priced: whole columns near the mixtures of the rounds, as
+    long as these get better and the best schedule is not near the bound.
+    """
+
+    def __init__(self, attempt: BudgetSearch, relaxation: MasterLp, quick: SearchOptions) -> None:
+        self.attempt, self.quick = attempt, quick
+        self.search = ColumnGeneration(
+            relaxation=relaxation, limit_bytes=attempt.limit, cutoff=attempt.cutoff, thorough=False
+        )
+        self.least = float("inf")
+        """value of the latest mixture near which columns were chosen"""
+
+    def __call__(self, relaxed: MasterLpSolution) -> None:
+        attempt = self.attempt
+        bound = max(attempt.bound, self.search.bound(self.search.relaxation.proven(attempt.limit)))
+        if attempt.near(bound, PEEK_GAP) or relaxed.value > (1 - PEEK_GAIN) * self.least:
+            return
+        self.least = relaxed.value
+        columns = self.search.choose(attempt.limit - attempt.reserve)
+        if columns is not None:
+            attempt.try_columns(columns, quick=self.quick)
 
 
 def _seconds(outcome: SearchResult) -> float:

@@ -64,13 +64,10 @@ def mesp(kind: LayerType, *, last: bool) -> Decision:
 
 def smallest(kind: LayerType, *, last: bool) -> Decision:
     """Everything on disk or made again; what the search starts from, no policy of its own."""
-    decision = _decision(kind, frozenset(), _streamed, trained=_streamed)
-    weights = tuple(
-        (name, kind.weights[name].modes[0] if kind.weights[name].repeated else mode) for name, mode in decision.weights
-    )
+    decision = _decision(kind, frozenset(), _least, trained=_least)
     away = {value for value in decision.keep if value in kind.offloadable and value in kind.owned}
     states = frozenset(update.trainable for update in kind.updates if update.states)
-    return Decision(keep=decision.keep - away, offload=frozenset(away), weights=weights, states=states)
+    return Decision(keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states)
 
 
 def all_streamed(kind: LayerType, *, last: bool) -> Decision:
@@ -198,6 +195,11 @@ def _read_by_backward(kind: LayerType) -> frozenset[str]:
 
 def _unpacked(modes: tuple[WeightMode, ...]) -> WeightMode:
     return modes[-1]
+
+
+def _least(modes: tuple[WeightMode, ...]) -> WeightMode:
+    """That of the fewest bytes."""
+    return modes[0]
 
 
 def _streamed(modes: tuple[WeightMode, ...]) -> WeightMode:

@@ -10,7 +10,6 @@ those asked before need no program of their own. Numbers in brackets are those o
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
+from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.problem.layer_figures import FIELDS, MS
@@ -34,16 +34,16 @@ ROUNDING = 1e-6
 """KiB that a sum may be off"""
 Prices = NDArray[np.float64]
 """ms per unit of each of FIELDS"""
-BLOCK_SECONDS = 3e-5
-"""what building the program of a layer type takes, per pair of its operators"""
+MOST_PAIRS = 500_000
+"""pairs of a layer type's operators up to which its program is built: time and rows grow with them"""
 NOTHING = 1e-12
 """ms per unit; lower prices are taken for 0"""
 LITTLE = 1e-3
 """share of its cost by which a decision is cheaper than another at least to be preferred"""
 
 
-class TooLargeError(TimeoutError):
-    """There is not time enough to build the program of a layer type."""
+class TooLargeError(Exception):
+    """The program of a layer type would be too large to build."""
 
 
 def figures_row(column: Column) -> Prices:
@@ -143,11 +143,11 @@ class ColumnPool:
         counts = [choice_count(kind) for kind in self.problem.types]
         return sum(counts[kind] for kind in self.problem.layer_type)
 
-    def block(self, number: int, seconds: float) -> LayerProgram:
-        """The program of a type that stands in. Raises TooLargeError where `seconds` do not suffice to build it."""
+    def block(self, number: int) -> LayerProgram:
+        """The program of a type that stands in. Raises TooLargeError where the type has too many operators."""
         if number not in self.blocks:
             kind = self.problem.types[number]
-            if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
+            if (len(kind.forward) + len(kind.backward)) ** 2 > MOST_PAIRS:
                 raise TooLargeError
             self.blocks[number] = LayerProgram(LinearProgram(), kind)
         return self.blocks[number]
@@ -178,21 +178,21 @@ class ColumnPool:
         """
         return float(np.min(self.answers[self.stand_in[kind]] @ prices, initial=INFINITY))
 
-    def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
+    def price(self, kind: int, prices: Prices, gap: float, cutoff: Cutoff) -> bool:
         """(19) Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of
         its cost.
 
-        Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
+        Returns whether its column is new. Raises TimeoutError where `cutoff` strikes, and TooLargeError.
         """
         stand_in = self.stand_in[kind]
-        block = self.block(stand_in, seconds)
+        block = self.block(stand_in)
         goal = Linear()
         figures = block.figures().values()
         for figure, price in zip(figures, prices.tolist()):
             if price > NOTHING:
                 goal.plus(figure, price)
         self.programs += 1
-        result = block.program.solve(goal, seconds, gap)
+        result = block.program.solve(goal, cutoff.left(), gap)
         if result.values is None:
             raise TimeoutError
         self.hulls[stand_in].prove(prices, min(result.bound, result.objective))
@@ -202,13 +202,13 @@ class ColumnPool:
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
         return kind in new
 
-    def improve(self, kind: int, prices: Prices, seconds: float) -> bool:
+    def improve(self, kind: int, prices: Prices, cutoff: Cutoff) -> bool:
         """Add the cheapest decision at `prices` that changing one fate at a time leads to, from the cheapest column
         known that stores all that cannot be made again; whether it is new.
 
-        For layers whose program takes too long to build. It proves nothing, and ends after `seconds`.
+        For layers whose program is too large to build. It proves nothing. Raises TimeoutError where `cutoff` strikes.
         """
-        layer_type, ends = self.problem.types[kind], time.monotonic() + seconds
+        layer_type = self.problem.types[kind]
         stored = [layer_type.lasting <= column.decision.keep | column.decision.offload for column in self.columns[kind]]
         costs = np.where(stored, self.figures[kind] @ prices, INFINITY)
         best, least = self.columns[kind][int(np.argmin(costs))].decision, float(np.min(costs))
@@ -217,9 +217,7 @@ class ColumnPool:
         for group in itertools.cycle(groups):
             unchanged += 1
             for decision in _other_fates(layer_type, best, group):
-                if time.monotonic() > ends:
-                    unchanged = len(groups)
-                    break
+                cutoff.check()
                 cost = float(figures_row(measure(layer_type, decision)) @ prices)
                 if cost < (1 - LITTLE) * least:
                     best, least, unchanged = decision, cost, 0
@@ -232,13 +230,13 @@ class ColumnPool:
         fits = (self.figures[kind][:, HOLDING] <= most[HOLDING] + ROUNDING).all(axis=1)
         return int(np.argmin(np.where(fits, self.figures[kind] @ prices, INFINITY))) if fits.any() else None
 
-    def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
+    def fill(self, kind: int, prices: Prices, most: Prices, gap: float, cutoff: Cutoff) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
 
         Pricing alone finds vertices of the convex hull of a layer's figures; where the master mixes two of them, this
-        is a whole column near the mixture. Raises TimeoutError where `seconds` do not suffice.
+        is a whole column near the mixture. Raises TimeoutError where `cutoff` strikes, and TooLargeError.
         """
-        block = self.block(self.stand_in[kind], seconds)
+        block = self.block(self.stand_in[kind])
         limited = (block.most_between, block.most_outside)
         for variable, name in zip(limited, HELD):
             block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + ROUNDING)
@@ -246,7 +244,8 @@ class ColumnPool:
             goal = Linear()
             for figure, price in zip(block.figures().values(), prices.tolist()):
                 goal.plus(figure, max(price, NOTHING))
-            result = block.program.solve(goal, seconds, gap)
+            result = block.program.solve(goal, cutoff.left(), gap)
+            cutoff.check()
             if result.values is not None:
                 self.add(kind, block.decision(result.values))
         finally:

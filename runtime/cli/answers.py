@@ -188,11 +188,11 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     from itertools import pairwise
 
     from tightfit.planner.report.diff import diff
-    from tightfit.planner.report.memory_categories import devices_of, feasible
+    from tightfit.planner.report.memory_categories import devices_of
 
     changes = []
     for device in devices_of(plans):
-        solver_plans = [p for p in plans if p.device.name == device and p.policy == "solver" and feasible(p)]
+        solver_plans = [p for p in plans if p.device.name == device and p.policy == "solver" and p.fits]
         for before, after in pairwise(sorted(solver_plans, key=lambda plan: plan.budget_bytes)):
             changes.append(
                 {

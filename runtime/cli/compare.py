@@ -65,7 +65,8 @@ def compare(
     """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
-    plan_options = read(PlanOptions, options).model_dump(exclude={"policy", "progress"})
+    asked = read(PlanOptions, options)
+    plan_options = asked.model_dump(exclude={"policy", "progress"}) | {"time_limit": asked.seconds}
     enough_for_a_solver()
     from tightfit.planner.compare import compare as compare_plans
     from tightfit.profiles.devices.data_sheets import find_device

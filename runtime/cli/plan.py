@@ -110,7 +110,7 @@ def plan(
 
     def make(profile: Profile) -> Plan:
         nonlocal interrupted
-        with Interrupts() as interrupts, SolvingDisplay(console, settings.time_limit) as solving:
+        with Interrupts() as interrupts, SolvingDisplay(console, settings.seconds) as solving:
             if server is None:
                 result, explanation = _plan_here(profile, budget, settings, solving, interrupts, what_if=what_if)
             else:
@@ -136,7 +136,7 @@ def plan(
         smallest = explanation.shortfall.minimum_budget_bytes
         planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
     summary = answers.facts(planned) | {"interrupted": interrupted, "explanation": explanation.model_dump(mode="json")}
-    if planned.status == "infeasible":
+    if not planned.fits:
         answer(summary, None, as_json=as_json)
         console.print(f"tightfit: {'; '.join(explain(planned, explanation))}")
         raise typer.Exit(3)
@@ -184,7 +184,7 @@ def plan_smaller(
             planner = planner_of(step)
 
             def make(budget: int) -> Plan:
-                return planner.plan(budget, policy=options.policy, time_limit=options.time_limit, gap=options.gap)
+                return planner.plan(budget, policy=options.policy, time_limit=options.seconds, gap=options.gap)
 
         else:
             client = stack.enter_context(service(server, certificate))
@@ -264,14 +264,14 @@ def _plan_here(
     from tightfit.planner.report.marginal_value import explained
     from tightfit.planner.report.marginal_value import what_if as check
 
-    planner, time_limit, gap = planner_of(profile), options.time_limit, options.gap
+    planner, time_limit, gap = planner_of(profile), options.seconds, options.gap
     started = time.monotonic()
-    planned = planner.plan(budget, policy=options.policy, time_limit=time_limit, gap=gap, progress=solving)
+    planned = planner.plan(budget, policy=options.policy, time_limit=options.time_limit, gap=gap, progress=solving)
     # The plan is there already: a Ctrl-C from here on only leaves out what would be added to its explanation.
     with contextlib.suppress(KeyboardInterrupt):
-        if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:
+        if what_if and planned.fits and planned.policy == "solver" and not interrupts.seen:
             planned, neighbours = check(planner, planned, time_limit=time_limit, gap=gap, progress=solving)
             return planned, account(planned).model_copy(update={"neighbours": neighbours})
         seconds_left = 0.0 if interrupts.seen else time_limit - (time.monotonic() - started)
-        return planned, explained(planner, planned, time_limit=time_limit, left=seconds_left)
+        return planned, explained(planner, planned, left=seconds_left)
     return planned, account(planned)

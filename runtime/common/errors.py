@@ -2,7 +2,7 @@
 
 TightfitError            exit code 2: bad input, unless a subclass says otherwise
 ├── InputError           2  a file, option or value that cannot be used
-├── InfeasibleError      3  no plan fits the budget; carries the smallest that does
+├── InfeasibleError      3  no plan fits the budget, or none was found; carries the smallest
 ├── RunError             4  the run failed (disk full, interrupted, child died)
 │   └── MemberGoneError     another member of the fleet has ended
 └── CapError             5  the measured memory reached the cap

@@ -134,9 +134,9 @@ def check_schedule(plan: Plan) -> None:
     """Raise InfeasibleError for a plan without a schedule, and simulate the schedule, which raises if it breaks an
     invariant.
     """
-    if plan.status == "infeasible" or plan.train is None:
+    if not plan.fits or plan.train is None:
         raise InfeasibleError(
-            f"the plan is infeasible at {format_size(plan.budget_bytes)}"
+            f"the plan has no schedule: it is {plan.status} at {format_size(plan.budget_bytes)}"
             + (
                 f"; the smallest budget is {format_size(plan.minimum_budget_bytes)}"
                 if plan.minimum_budget_bytes

@@ -83,12 +83,12 @@ def worth(part: str, rows: Iterable[dict[str, Any]], base: dict[tuple[str, int],
             found["changed"] += any(row[figure] != before[figure] for figure in golden.FIGURES)
             with_it += before["cpu_seconds"]
             without += row["cpu_seconds"]
-        if before["status"] == row["status"] == "infeasible":
+        if before["minimum_budget_bytes"] and row["minimum_budget_bytes"]:
             slower = row["minimum_budget_bytes"] / before["minimum_budget_bytes"] - 1
-        elif row["status"] == "infeasible":
+        elif row["minimum_budget_bytes"]:
             found["lost"].append(f"{row['name']} at {row['budget_bytes'] / golden.MIB:,.0f} MiB")
             continue
-        elif before["status"] == "infeasible":
+        elif before["minimum_budget_bytes"]:
             continue
         else:
             slower = row["step_seconds"] / before["step_seconds"] - 1

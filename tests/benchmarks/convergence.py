@@ -184,7 +184,7 @@ def common_cap(planner: ModelPlanner) -> int:
 
 def fitting(planner: ModelPlanner, cap: int, policy: str | None) -> Plan:
     plan = planner.plan(cap, policy=policy)
-    if plan.status == "infeasible":
+    if not plan.fits:
         raise SystemExit(
             f"{policy or 'the solver'} needs {plan.minimum_budget_bytes} bytes; give --memory at least that"
         )

@@ -194,9 +194,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], step: float, gap: floa
     if exact:
         yield from (f"{figure}: {old[figure]} -> {new[figure]}" for figure in FIGURES if old[figure] != new[figure])
         return
-    if (old["status"] == "infeasible") != (new["status"] == "infeasible"):
+    unfit = [row["minimum_budget_bytes"] is not None for row in (old, new)]
+    if unfit[0] != unfit[1]:
         yield f"status: {old['status']} -> {new['status']}"
-    elif old["status"] == "infeasible":
+    elif unfit[0]:
         if new["minimum_budget_bytes"] > old["minimum_budget_bytes"] * (1 + (step or 5e-4)):
             yield f"minimum_budget_bytes: {old['minimum_budget_bytes']} -> {new['minimum_budget_bytes']}"
     else:

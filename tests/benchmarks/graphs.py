@@ -105,7 +105,7 @@ def measure(name, shares, limit):
             "cpu_seconds": time.process_time() - cpu,
             "deterministic": made.deterministic,
         }
-        if made.status == "infeasible":
+        if not made.fits:
             row["minimum_share"] = made.minimum_budget_bytes / top
             row["surely"] = planner.lowest_bytes > budget
         else:
@@ -126,7 +126,7 @@ def cells(row):
     """The row of the table, one text for each of `HEADINGS`."""
     head = [row["graph"], str(row["operators"]), str(row["share"]), f"{row['budget_mib']:,}"]
     clock = f"{row['wall_seconds']:.0f} / {row['cpu_seconds']:.0f}"
-    if row["status"] == "infeasible":
+    if row["status"] in ("infeasible", "unknown"):
         how = "none fits with first runs and re-runs in this order" if row["surely"] else "none found"
         return [*head, f"{how}: smallest {row['minimum_share']:.3f}", *["–"] * 5, clock]
     others = [f"{row[rule]:.4f}" if row[rule] else "–" for rule in ("checkpoint-layers", "checkpoint-sqrt", "torch")]

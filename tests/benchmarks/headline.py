@@ -153,7 +153,7 @@ def baselines(name: str, seq: int, baseline: Path | None, qlora: Path | None) ->
 
 def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> Row:
     row = {"model": name, "what": what, "budget_bytes": plan.budget_bytes, "status": plan.status, "gap": plan.gap}
-    if plan.status == "infeasible":
+    if not plan.fits:
         return row | {"minimum_budget_bytes": plan.minimum_budget_bytes}
     # As a person runs it: the command's own process counts against the cap too.
     command = interpreter.command(

@@ -73,7 +73,7 @@ def _pictures(page: Page, service: Served, run: str, output: Path) -> None:
     (example,) = [one for one in service.http.get("/v1/profiles").json()["items"] if one["origin"] == "example"]
     plans = service.http.get(f"/v1/plans?profile={example['id']}").json()["items"]
     fitting = sorted(
-        (plan for plan in plans if plan["summary"]["status"] != "infeasible"),
+        (plan for plan in plans if plan["summary"]["minimum_budget_bytes"] is None),
         key=lambda plan: int(plan["summary"]["budget_bytes"]),
     )
     middle: dict[str, Any] = next(plan for plan in fitting if plan["summary"]["budget_bytes"] == 350 << 20)

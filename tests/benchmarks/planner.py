@@ -43,6 +43,40 @@ CURVE = tuple(SHARES[0] + (1 - SHARES[0]) * i / 11 for i in range(12))
 NEAR, ROOMIER = (1.02, 1.05, 1.1, 1.2, 1.3), (8.0, 4.0, 2.0)
 """budgets in times the smallest, and those that a planner meets before it comes down to them"""
 
+OVER_TIME: dict[str, tuple[int, int, dict[str, Any], tuple[int, ...]]] = {
+    "0.5 B": (
+        24,
+        256,
+        {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
+        (200, 320),
+    ),
+    "3 B": (36, 256, {}, (300, 662)),
+    "a mixture of 30 B": (
+        48,
+        1024,
+        {
+            "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
+            "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "tie_word_embeddings": False,
+        },
+        (400,),
+    ),
+    "70 B": (
+        80,
+        512,
+        {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 8192,
+            "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "rope_theta": 500000.0,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        },
+        (600, 1024),
+    ),
+}  # fmt: skip
+"""name -> (layers, tokens, fields of the config beside those of Qwen2.5-3B, budgets in MiB)"""
+WITHIN = (0.01, 0.003)
+"""gaps to the last bound of a search, of which is said when its best plan was that near"""
+
 
 NOTES = (
     "How long planning takes, and how near the best the plans are. LoRA of rank 8 on layers of Qwen2.5-3B's shape, 4-bit base, 1 × 256"
@@ -62,6 +96,7 @@ def main(
         bool, typer.Option(help="a curve of 12 budgets beside single ones, and budgets near the smallest")
     ] = True,
     limits: Annotated[bool, typer.Option(help="searches cut short by a time limit")] = True,
+    over: Annotated[bool, typer.Option(help="the best plan over the seconds of a search")] = True,
     write: Annotated[bool, typer.Option(help="write docs/benchmarks/planner.md")] = False,
 ) -> None:
     """Plan, measure, compare."""
@@ -75,6 +110,8 @@ def main(
         figures["near"] = near_the_smallest(count, time_limit, report)
     if limits:
         figures["limits"] = within_limits((layers or [36])[0], report)
+    if over:
+        figures["over_time"] = over_time(time_limit, report)
     figures["depth"] = by_depth(depth if depth is not None else [24, 48, 96, 192], time_limit, report)
     figures["peak_bytes"] = peak_bytes()
     report.text(f"peak of this process and of one beside it, tracing included: {format_size(figures['peak_bytes'])}")
@@ -312,6 +349,60 @@ def within_limits(layers: int, report: tables.Report) -> list[dict[str, Any]]:
         table.add_row(f"{limit:g}", f"{took:.2f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}", made.status)
     report.table(table)
     return rows
+
+
+def over_time(time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
+    """When searches that know nothing yet have their first plan, and one near their last bound, by the clock on the
+    wall; and the primal integral: the mean gap of the best plan to that bound, times the seconds until the end, where a
+    search without a plan is at a gap of 1 (Berthold 2013).
+    """
+    table = Table(
+        "model", "MiB", "first plan, s", *(f"within {gap:.1%}, s" for gap in WITHIN), "end, s", "gap", "integral, s"
+    )
+    rows = []
+    for name, (layers, seq, config, budgets) in OVER_TIME.items():
+        profile = decoder_profile(layers, seq=seq, **config)
+        for budget in budgets:
+            told: list[dict[str, Any]] = []
+            begun = time.monotonic()
+
+            def note(state: dict[str, Any], told: list[dict[str, Any]] = told, begun: float = begun) -> None:
+                if state["stage"] == "carried out":
+                    told.append(state | {"seconds": time.monotonic() - begun})
+
+            made = ModelPlanner(profile).plan(budget * MIB, time_limit=time_limit, progress=note)
+            end = time.monotonic() - begun
+            found = [(state["seconds"], state["incumbent"]) for state in told]
+            near = [
+                next((at for at, seconds in found if seconds - made.bound_seconds <= gap * seconds), None)
+                for gap in WITHIN
+            ]
+            rows.append(
+                {
+                    "model": name,
+                    "budget_bytes": budget * MIB,
+                    "found": found,
+                    "near": near,
+                    "end": end,
+                    "gap": made.gap,
+                    "integral": primal_integral(found, made.bound_seconds, end),
+                    "deterministic": made.deterministic,
+                }
+            )
+            first = found[0][0] if found else None
+            cells = ["–" if at is None else f"{at:.1f}" for at in (first, *near)]
+            table.add_row(name, f"{budget}", *cells, f"{end:.1f}", f"{made.gap:.2%}", f"{rows[-1]['integral']:.2f}")
+    report.table(table)
+    return rows
+
+
+def primal_integral(found: list[tuple[float, float]], bound: float, end: float) -> float:
+    """Of schedules found at so many seconds, each with the seconds of its step, until `end`."""
+    area, since, best = 0.0, 0.0, float("inf")
+    for at, seconds in [*found, (end, float("inf"))]:
+        area += (at - since) * (1.0 if best == float("inf") else (best - bound) / best)
+        since, best = at, min(best, seconds)
+    return area
 
 
 def by_depth(depths: list[int], time_limit: float, report: tables.Report) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.known_plans import remember_smallest, smallest_known
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.simulation.simulate import simulate
+from tightfit.planner.solve.model_search import SearchResult
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +19,8 @@ def cache(tmp_path, monkeypatch):
 def hurried(profile):
     """A planner whose own search for the smallest budget finds nothing below the fixed rule."""
     planner = ModelPlanner(profile)
-    planner.solver.lowest_schedule = lambda deadline: (planner.solver.smallest, False)
-    planner.solver.solve = lambda *given, **options: pytest.fail("not asked below the smallest budget")
-    planner.solver.reaches = lambda *given: False
-    planner.solver.tight = lambda budget: True
+    planner.solver.lowest_schedule = lambda cutoff: (planner.solver.smallest, False)
+    planner.solver.solve = lambda *given, bound, **options: SearchResult(schedule=None, bound_seconds=bound)
     return planner
 
 
@@ -34,7 +33,7 @@ def test_what_one_call_has_found_the_next_one_plans_with(tmp_path):
     assert simulate(found).step_seconds == found.step_seconds >= found.bound_seconds
     assert load_plan(save_plan(found, tmp_path / "plan.json")) == found
     below = hurried(profile).plan(least - 1, time_limit=10)
-    assert (below.status, below.minimum_budget_bytes) == ("infeasible", least)
+    assert (below.fits, below.minimum_budget_bytes) == (False, least)
     assert hurried(profile).minimum_bytes(time_limit=10) == least
     smallest = hurried(profile).smallest_plan(time_limit=10)
     assert (smallest.peak_bytes, smallest.deterministic) == (least, False)

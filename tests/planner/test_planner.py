@@ -6,8 +6,6 @@ import itertools
 import re
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -47,7 +45,7 @@ def test_policies_are_plans_of_the_same_kind_and_never_faster(decoder, policy):
     smallest = decoder.minimum(policy=policy).peak_bytes
     assert decoder.plan(smallest, policy=policy).peak_bytes == smallest
     short = decoder.plan(smallest - 1, policy=policy)
-    assert (short.status, short.minimum_budget_bytes) == ("infeasible", smallest)
+    assert (short.fits, short.minimum_budget_bytes) == (False, smallest)
     assert (short.resident, short.decisions, short.steps) == ({}, {}, [])
 
 
@@ -100,7 +98,8 @@ def test_below_the_floor_of_a_build_for_cuda(version, stubs, hint):
 @pytest.mark.slow
 def test_between_floor_and_feasible(decoder):
     answer = decoder.plan(decoder.minimum(time_limit=600).peak_bytes - 1)
-    assert answer.status == "infeasible"
+    assert not answer.fits
+    assert decoder.plan(answer.minimum_bound_bytes - 1).status == "infeasible"
     reason = answer.minimum_budget_reason
     assert "the smallest plan peaks at" in reason
     assert "head: chunk (forward)" in reason or "layer" in reason
@@ -117,21 +116,19 @@ def test_a_short_time_limit_still_gives_a_plan():
     simple = planner.plan(1 << 40, policy="mebp")
     budget = int(simple.peak_bytes * 1.2)
     made = planner.plan(budget, time_limit=0.01)
-    assert (made.status, made.deterministic) == ("fallback", False)
+    assert (made.status, made.deterministic) == ("feasible", False)
     assert made.peak_bytes <= budget
     assert made.step_seconds <= simple.step_seconds * (1 + 1e-6)
     assert made.gap == pytest.approx(1 - made.bound_seconds / made.step_seconds)
 
 
-def test_the_time_limit_covers_everything(monkeypatch):
+def test_the_time_limit_covers_everything():
     """Whatever the search is at when time is up, it stops: by a clock that goes 10 ms ahead whenever it is read."""
-    now, here, real = itertools.count(0, 0.01), threading.get_ident(), time.monotonic
-    # A thread that an earlier test has left may look at the clock as well.
-    monkeypatch.setattr(time, "monotonic", lambda: next(now) if threading.get_ident() == here else real())
-    planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    now = itertools.count(0, 0.01)
+    planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)), now=lambda: next(now))
     made = planner.plan(140 * MIB, time_limit=0.4)
     assert made.solve_seconds <= 0.44 + 1e-9
-    assert made.status in {"feasible", "fallback"}
+    assert made.status == "feasible"
     assert not made.deterministic
 
 

@@ -383,7 +383,7 @@ def infeasible(tightfit, profile, budget, output):
     told = json.loads(out)
     assert (code, told["status"], told["train"]) == (3, "infeasible", None)
     assert f"({told['minimum_budget_bytes']} bytes)" in err
-    assert "; the smallest feasible budget is " in err
+    assert "; the smallest feasible budget " in err
     return told
 
 

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import FileResponse
 from starlette.responses import StreamingResponse
 
+from tightfit.planner.schema import FITTING
 from tightfit.planner.service.http.described import service_of
 from tightfit.planner.service.http.guard import BYTES, JSON
 from tightfit.planner.service.jobs.kinds import file_of_run, not_runnable, run_of
@@ -73,8 +74,8 @@ async def _timeline(request: Request, identity: str) -> Response:
     is. 409 where nothing fits.
     """
     row = service_of(request).store.needed("plan", identity)
-    if json.loads(row["summary"])["status"] == "infeasible":
-        raise ServiceError(409, "conflict", f"the plan {identity} has no schedule: its budget is too small")
+    if json.loads(row["summary"])["status"] not in FITTING:
+        raise ServiceError(409, "conflict", f"the plan {identity} has no schedule; plan again with more memory")
     return await service_of(request).views.answer(request, "timeline", [row])
 
 

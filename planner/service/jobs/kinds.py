@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightfit.planner.report.summary import unfinished_update
+from tightfit.planner.schema import FITTING
 from tightfit.planner.service.jobs.orders import LOCAL, SOLVE
 from tightfit.planner.service.jobs.paths import confined
 from tightfit.planner.service.jobs.store import JobStore, Row
@@ -275,8 +276,8 @@ def file_of_run(store: JobStore, identity: str, kind: str) -> Row:
 def not_runnable(store: JobStore, plan: Row) -> str | None:
     """Why a stored plan cannot be run on this machine; None where it can."""
     summary = json.loads(plan["summary"])
-    if summary["status"] == "infeasible":
-        return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
+    if summary["status"] not in FITTING:
+        return f"the plan {plan['id']} has no schedule ({summary['status']}); plan again with more memory"
     if summary["policy"] == MOBILLM:
         return (
             f"the plan {plan['id']} is a device's part of {MOBILLM}, and the server's has to run beside it; plan both"

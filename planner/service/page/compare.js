@@ -4,7 +4,7 @@ import { get, pageOf } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { button, dialog, empty, field, heading, list, scrolling, section, table, when } from "./components.js";
 import { chartBox } from "./lines.js";
-import { gapWords, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
+import { fits, gapWords, misfit, nameOfPlan as nameOf, nameOfRule, SOLVER } from "./rules.js";
 import { showLoss } from "./run_report.js";
 import { nameOf as runName, STATES } from "./runs.js";
 import { action, to } from "./addresses.js";
@@ -117,7 +117,7 @@ const choosePlan = (ids, profile) => dialog("Add a plan", (close) => {
     name: "plans", action,
     columns: [
       { title: "Plan", value: nameOf, cell: (plan) => { const made = button(nameOf(plan), () => close(plan.id), "link"); made.disabled = ids.includes(plan.id); return made; } },
-      { title: "Seconds per step", value: (plan) => plan.summary.expected_seconds, cell: (plan) => (plan.summary.status === "infeasible" ? "does not fit" : seconds(plan.summary.expected_seconds)) },
+      { title: "Seconds per step", value: (plan) => plan.summary.expected_seconds, cell: (plan) => (fits(plan.summary) ? seconds(plan.summary.expected_seconds) : misfit(plan.summary)) },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },
     ],
     load: async (after, search) => {

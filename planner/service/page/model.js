@@ -8,7 +8,7 @@ import { announce, bar, button, card, command, editable, field, heading, mib, no
 import { budgetCurve } from "./curve.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { deleted, estimated, measuredModel, measuring, nameOf, origin, shapeWords } from "./models.js";
-import { gapWords, inWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
+import { fits, gapWords, inWords, meaningOfRule, nameOfRule, SOLVER } from "./rules.js";
 import { action, complain, go, to } from "./addresses.js";
 import { choose } from "./sources.js";
 
@@ -97,14 +97,14 @@ async function explore(place) {
 
   // --- what is known of a budget ---
 
-  const points = (name) => state.cells.filter((one) => one.policy === name && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
-  const misfits = (name) => state.cells.filter((one) => one.policy === name && one.summary.status === "infeasible" && one.budget_bytes > 1).map((one) => ({ budget: one.budget_bytes, needs: one.summary.minimum_budget_bytes }));
+  const points = (name) => state.cells.filter((one) => one.policy === name && fits(one.summary)).map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
+  const misfits = (name) => state.cells.filter((one) => one.policy === name && !fits(one.summary) && one.budget_bytes > 1).map((one) => ({ budget: one.budget_bytes, needs: one.summary.minimum_budget_bytes }));
   // The best plan that is made already: one for less memory fits in more, and may be as fast.
   const bestFor = (budget, made = () => true) => points(state.policy).filter((point) => point.budget <= budget && made(point)).reduce((best, point) => (best && best.step < point.step ? best : point), null);
   // Points than which a smaller budget has none as fast.
   const undercut = (all) => all.filter((point, index) => all.slice(0, index).every((earlier) => earlier.step > point.step * (1 - 1e-9)));
   // The smallest budget that is enough for a policy's plans, as far as it is known.
-  const needs = (name) => Math.min(...state.cells.filter((one) => one.policy === name && one.summary.status === "infeasible").map((one) => one.summary.minimum_budget_bytes).filter(Boolean), ...points(name).map((one) => one.budget));
+  const needs = (name) => Math.min(...state.cells.filter((one) => one.policy === name && !fits(one.summary)).map((one) => one.summary.minimum_budget_bytes).filter(Boolean), ...points(name).map((one) => one.budget));
   const isAt = (cell, budget, name) => cell.budget_bytes === budget && cell.policy === name;
 
   // Keep plans in the table: of two for one budget the one that is stored, then the faster one, then the one that knows of a smaller budget.
@@ -116,7 +116,7 @@ async function explore(place) {
     }
     const found = needs(SOLVER);
     if (found < Infinity) {
-      const firm = state.cells.filter((one) => one.policy === SOLVER && one.summary.status === "infeasible" && one.summary.ended_by !== "time limit" && one.summary.minimum_budget_bytes);
+      const firm = state.cells.filter((one) => one.policy === SOLVER && !fits(one.summary) && one.summary.ended_by !== "time limit" && one.summary.minimum_budget_bytes);
       state.proven = firm.some((one) => one.summary.minimum_budget_bytes <= found);
       if (state.most) state.least = Math.min(found, state.most);
     }
@@ -158,7 +158,7 @@ async function explore(place) {
       const planned = state.cells.find((one) => isAt(one, budget, name));
       if (!planned) return "–";
       const cut = name === SOLVER && planned.summary.ended_by === "time limit";
-      if (planned.summary.status === "infeasible") return `needs ${atLeast(planned.summary.minimum_budget_bytes)}${cut ? " or less" : ""}`;
+      if (!fits(planned.summary)) return `needs ${atLeast(planned.summary.minimum_budget_bytes)}${cut ? " or less" : ""}`;
       const text = `${seconds(planned.summary.step_seconds)}${cut ? " (time limit)" : ""}`;
       return planned.plan ? html("span", { class: "tickable" }, ticker(planned), html("a", { href: to("plans", planned.plan) }, text)) : text;
     };
@@ -338,6 +338,7 @@ async function explore(place) {
     const parts = (best.summary.explanation?.neighbours ?? []).map(({ change_bytes: change, price_seconds: price, status }) => {
       const by = `${mib(Math.abs(change), 0)} MiB ${change > 0 ? "more" : "less"}`;
       if (status === "infeasible") return `${by}: nothing fits`;
+      if (status === "unknown") return `${by}: no plan found`;
       if (price === null) return null;
       return Math.abs(price) < 1e-3 * best.step ? `${by} change nothing that counts` : change > 0 ? `${by} save about ${seconds(-price)} s a step (${share(-price)})` : `${by} cost about ${seconds(price)} s a step (${share(price)})`;
     }).filter(Boolean);
@@ -616,7 +617,7 @@ const roomy = (bytes) => (bytes >= 4096 * MIB ? `${(bytes / (1024 * MIB)).toFixe
 const optimizer_of = ({ optimizer }) => optimizer ?? "adamw";
 
 function better(cell, known) {
-  const unfit = (one) => one.summary.status === "infeasible";
+  const unfit = (one) => !fits(one.summary);
   if (unfit(cell) !== unfit(known)) return unfit(known);
   if (unfit(cell)) return cell.summary.minimum_budget_bytes <= known.summary.minimum_budget_bytes;
   const same = Math.abs(cell.summary.step_seconds - known.summary.step_seconds) <= 1e-9 * known.summary.step_seconds;

@@ -8,7 +8,7 @@ import { durationOf, durationWords, outweighs } from "./duration.js";
 import { asked, beside, complete, forget } from "./forms.js";
 import { again, latestModel } from "./model.js";
 import { nameOf as nameOfModel, stepOf } from "./models.js";
-import { SOLVER, unusual } from "./rules.js";
+import { fits, SOLVER, unusual } from "./rules.js";
 import { action, complain, go, to } from "./addresses.js";
 
 const EPOCHS = 1;
@@ -19,7 +19,7 @@ export async function show({ root, query, signal, keep, title }) {
   const [{ items: asked_for }, { items: profiles }] = await Promise.all([get("/v1/plans?limit=500&asked=true"), get("/v1/profiles?limit=500")]);
   if (signal.aborted) return;
   const models = new Map(profiles.map((one) => [one.id, one]));
-  const runs = (plan) => models.get(plan.profile)?.origin === "made" && plan.summary.status !== "infeasible" && plan.summary.policy === SOLVER && !plan.summary.elsewhere;
+  const runs = (plan) => models.get(plan.profile)?.origin === "made" && fits(plan.summary) && plan.summary.policy === SOLVER && !plan.summary.elsewhere;
   let usable = asked_for.filter(runs);
   if (!usable.length) usable = (await get("/v1/plans?limit=500")).items.filter(runs); // nobody has asked for one: those of curves
   const wanted = usable.find((plan) => plan.id === query.plan) ?? (query.plan ? await get(`/v1/plans/${query.plan}`) : null);

@@ -4,7 +4,7 @@ import { get, pageOf, remove } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { button, confirmed, empty, heading, list, when } from "./components.js";
 import { nameOf as nameOfModel } from "./models.js";
-import { gapWords, nameOfPlan as nameOf, nameOfRule, SOLVER, unusual } from "./rules.js";
+import { fits as hasSchedule, gapWords, misfit, nameOfPlan as nameOf, nameOfRule, SOLVER, unusual } from "./rules.js";
 import { action, go, to } from "./addresses.js";
 
 const AT_ONCE = 50;
@@ -20,7 +20,7 @@ export async function show({ root, query, keep, signal }) {
   if (signal.aborted) return;
   const all = html("input", { type: "checkbox" });
   all.checked = Boolean(query.all);
-  const fits = (plan) => plan.summary.status !== "infeasible", figure = (plan, name) => (fits(plan) ? plan.summary[name] : null);
+  const fits = (plan) => hasSchedule(plan.summary), figure = (plan, name) => (fits(plan) ? plan.summary[name] : null);
   const plans = list({
     name: "plans",
     action,
@@ -28,7 +28,7 @@ export async function show({ root, query, keep, signal }) {
       { title: "Plan", value: nameOf, cell: (plan) => html("span", {}, html("a", { href: to("plans", plan.id) }, nameOf(plan)), html("small", { class: "noted" }, particulars(plan, models)), plan.note ? html("small", { class: "noted" }, plan.note) : null) },
       { title: "Planned by", value: (plan) => plan.summary.policy, cell: (plan) => (plan.summary.policy === SOLVER ? "search" : html("span", {}, "rule “", nameOfRule(plan.summary.policy), "”")) },
       { title: "Budget", value: (plan) => plan.summary.budget_bytes, cell: (plan) => size(plan.summary.budget_bytes) },
-      { title: "Seconds per step", value: (plan) => figure(plan, "expected_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.expected_seconds) : html("span", { class: "pill bad" }, "does not fit")) },
+      { title: "Seconds per step", value: (plan) => figure(plan, "expected_seconds"), cell: (plan) => (fits(plan) ? seconds(plan.summary.expected_seconds) : html("span", { class: "pill bad" }, misfit(plan.summary))) },
       { title: "Peak", value: (plan) => figure(plan, "peak_bytes"), cell: (plan) => (fits(plan) ? size(plan.summary.peak_bytes) : "–") },
       { title: "At most slower than the best", value: (plan) => figure(plan, "gap"), cell: (plan) => (fits(plan) ? gapWords(plan.summary.gap) : "–") },
       { title: "Made", value: (plan) => -plan.created, cell: (plan) => when(plan.created) },

@@ -41,3 +41,7 @@ export function unusual({ summary: { optimizer, max_grad_norm: norm, policy } },
 
 // Operators by their own names, without what they come from: "head: head chunk (forward)".
 export const inWords = (text) => text.replace(/\b(?:tightfit|aten)\.(\w+)(?:\.\w+)?/g, (_, name) => name.replaceAll("_", " "));
+
+// Whether a plan has a schedule; and, where it has none, in a word whether that is proven.
+export const fits = ({ status }) => status === "optimal" || status === "feasible";
+export const misfit = ({ status }) => (status === "infeasible" ? "does not fit" : "none found");

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { html, seconds, size } from "./charts.js";
 import { heading, mib, section, when } from "./components.js";
 import { nameOf as nameOfModel } from "./models.js";
-import { nameOfPlan } from "./rules.js";
+import { fits, misfit, nameOfPlan } from "./rules.js";
 import { nameOf as nameOfRun, stateOf } from "./runs.js";
 import { choose, dropZone } from "./sources.js";
 import { complain, go, to } from "./addresses.js";
@@ -26,14 +26,14 @@ export async function show({ root, signal }) {
     ),
     latest("Fine-tuned last", runs, (run) => [html("a", { href: to("runs", run.id) }, nameOfRun(run)), stateOf(run), when(run.created)]),
     latest("Models", profiles.slice(0, LATEST), (one) => [html("a", { href: to("models", one.id) }, nameOfModel(one)), html("span", { class: "soft" }, one.summary.device ?? ""), when(one.created)]),
-    latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, nameOfPlan(plan)), html("span", { class: "soft" }, plan.summary.status === "infeasible" ? "does not fit" : `${seconds(plan.summary.expected_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB`), when(plan.created)]),
+    latest("Planned last", plans, (plan) => [html("a", { href: to("plans", plan.id) }, nameOfPlan(plan)), html("span", { class: "soft" }, fits(plan.summary) ? `${seconds(plan.summary.expected_seconds)} s, ${mib(plan.summary.budget_bytes)} MiB` : misfit(plan.summary)), when(plan.created)]),
   ].filter(Boolean));
   if (example && !runs.length && profiles.length === 1) picture(root.querySelector(".doors"), example, signal).catch(complain);
 }
 
 // What tightfit is about, on a service that holds nothing yet: the example's step in the middle of its curve.
 async function picture(doors, example, signal) {
-  const planned = async () => (await get(`/v1/plans?profile=${example.id}&limit=50`)).items.filter((plan) => plan.summary.status !== "infeasible").sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
+  const planned = async () => (await get(`/v1/plans?profile=${example.id}&limit=50`)).items.filter((plan) => fits(plan.summary)).sort((a, b) => a.summary.budget_bytes - b.summary.budget_bytes);
   let fitting = await planned();
   while (!fitting.length && !signal.aborted) { // it is being planned: the service has just begun
     await new Promise((resolve) => setTimeout(resolve, AGAIN));

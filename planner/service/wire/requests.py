@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from tightfit.planner.generation.choice import ChoiceProblem
-from tightfit.planner.search_options import SOLVER, PlanOptions
+from tightfit.planner.search_options import SOLVER, TIME_LIMIT, PlanOptions, Seconds
 from tightfit.planner.service.wire.schema import DIGEST, JOB, OWN_DEVICE, Digest, JobId, RequestBody
 from tightfit.profiles.option_fields import OVER_HTTP, Options, extras, options_of, types_of
 from tightfit.profiles.options import LONGEST_PATH, ProfileOptions
@@ -117,6 +117,10 @@ def _field(name: str, option: FieldInfo) -> tuple[Any, Any]:
 
 class StepRequest(_with_options(PlanOptions, "policy")):  # type: ignore[misc]
     """What plans and comparisons are asked of a step."""
+
+    time_limit: Annotated[Seconds, *_field("time_limit", PlanOptions.model_fields["time_limit"])[0].__metadata__] = (
+        TIME_LIMIT
+    )
 
 
 class ModelRequest(RequestBody):

@@ -14,6 +14,7 @@ import pytest
 from decisions import random_decision
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
+from tightfit.planner.cutoff import NEVER
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.step_constraints import add_step_constraints
 from tightfit.planner.model_planner import ModelPlanner
@@ -377,7 +378,7 @@ def test_no_schedule_is_faster_than_its_columns_rows():
     for seed in SEEDS:
         for planner, columns, schedule in schedules(seed):
             problem = planner.problem
-            made = planner._finish(1 << 40, "solver", SearchResult(schedule=schedule, bound_seconds=0.0), 0.0)
+            made = planner._finish(1 << 40, "solver", SearchResult(schedule=schedule, bound_seconds=0.0), NEVER)
             # What it says of itself is what the simulator finds.
             assert made.step_seconds == pytest.approx(schedule.seconds)
             assert made.peak_bytes == schedule.peak_bytes
@@ -403,6 +404,6 @@ def test_the_states_of_a_fleets_member_are_not_counted():
 
     def bound(accumulate):
         optimizer = {"name": EXCHANGE, "state_tensors": 0, "accumulate": accumulate}
-        return AnyScheduleBound(layered(made.model_copy(update={"optimizer": optimizer}))).step_seconds(tight, 10.0)
+        return AnyScheduleBound(layered(made.model_copy(update={"optimizer": optimizer}))).step_seconds(tight)
 
     assert bound(4) == bound(1) > 0

@@ -447,7 +447,7 @@ def test_a_graph_without_phases_is_told_without_them():
     assert "\noutputs that are needed again later: " in text
     assert "1 given up and computed again (100 B)\n" in text
     assert "making 1 activation of 100 B again costs 1.000 s, 20.0% of the step; dearest: a 1.000 s" in text
-    why = explained(planner, planner.plan(1), time_limit=9, left=9)
+    why = explained(planner, planner.plan(1), left=9)
     assert "the peak is set by d (instruction " in "; ".join(explain(planner.plan(1), why))
     again = made.train.model_copy(update={"peak": made.train.peak.model_copy(update={"text": "a (forward again)"})})
     assert peak_text(made, again) == "a (run again)"
@@ -520,7 +520,7 @@ def test_an_optimum_is_said_to_be_one_as_far_as_it_is_proven():
 def test_names_do_not_reach_a_terminal_as_codes():
     planner = chain_of("\x1b[31mRED\x1b[2J", "x\ny\u202e", "c", "d")
     for made in (planner.plan(1 << 40), planner.plan(planner.smallest_plan().peak_bytes), planner.plan(1)):
-        said = explain(made, explained(planner, made, time_limit=9, left=9))
+        said = explain(made, explained(planner, made, left=9))
         assert "".join(said).isprintable()
         assert r"\x1b[31mRED" in "".join(said)
     cycle = [{"name": name, "seconds": 1, "output_bytes": 1, "inputs": [name]} for name in ("\x1b[2J", "b")]

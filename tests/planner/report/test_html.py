@@ -70,7 +70,7 @@ def test_names_are_escaped(text):
 
 
 def test_every_chart_has_a_table_beside_it(page):
-    feasible = [plan for plan in sample_plans() if plan.status != "infeasible"]
+    feasible = [plan for plan in sample_plans() if plan.fits]
     assert len(page.find("article")) == len(feasible)
     assert len(page.find("div", **{"class": "step chart-box"})) == len(feasible)
     assert len(page.find("div", **{"class": "chart-box"})) == 1
@@ -110,7 +110,7 @@ def test_what_the_curve_draws(page):
 
 
 def test_what_the_timelines_draw(page):
-    feasible = [plan for plan in sample_plans() if plan.status != "infeasible"]
+    feasible = [plan for plan in sample_plans() if plan.fits]
     articles = page.find("article")
     assert len(steps(page)) == len(articles) == len(feasible)
     for step, article in zip(steps(page), articles, strict=True):
@@ -159,7 +159,7 @@ def test_each_device_has_its_curve_table_and_plans():
     text = comparison_page(plans)
     page = Page(text)
     assert "<title>Tiny &lt;model&gt; on 2 devices" in text
-    feasible = [plan for plan in plans if plan.status != "infeasible"]
+    feasible = [plan for plan in plans if plan.fits]
     assert len(drawn(page)["curves"]) == 2
     assert len(drawn(page)["timelines"]) == len(feasible)
     headings = [e["text"] for e in page.find("h3")][:2]

@@ -5,11 +5,11 @@ exist.
 from __future__ import annotations
 
 import random
-import time
 from itertools import pairwise
 
 import pytest
 
+from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from tightfit.planner.schedule import arena_placement
 from tightfit.planner.schedule.arena import DIRECT_BYTES, arena_of, placed_items
@@ -24,6 +24,7 @@ from tightfit.planner.schedule.arena_placement import (
 )
 from tightfit.planner.schedule.free_ranges import ENDLESS, top_gap
 from tightfit.planner.schedule.lowering import DraftInstruction
+from tightfit.planner.search_options import SearchOptions
 
 HEIGHT, LENGTH = 64 << 10, 64
 
@@ -242,11 +243,10 @@ def test_a_search_is_the_same_every_time_and_ends_at_its_deadline():
     first, second = (by_groups(layers(3, 4), 0, 4 * LENGTH, goal) for _ in range(2))
     assert first == second is not None
     with pytest.raises(TimeoutError):
-        by_groups(items, 0, 4 * LENGTH, goal, time.monotonic() - 1.0)
+        by_groups(items, 0, 4 * LENGTH, goal, Cutoff(-1.0))
     live = int(live_bytes(items, 4 * LENGTH).max())
-    height, offsets = pack(items, 0, 4 * LENGTH, live, goal, time.monotonic() - 1.0)
-    assert height > goal
-    assert apart(items, offsets)
+    with pytest.raises(TimeoutError):
+        pack(items, 0, 4 * LENGTH, live, goal, Cutoff(-1.0))
 
 
 def test_what_is_there_at_one_entry_alone_does_not_overlap_either():
@@ -277,13 +277,9 @@ def test_what_a_rule_brings_down_far_enough_is_not_looked_for_elsewhere():
     assert pack(items, 0, length, HEIGHT, height) == (height, first)
 
 
-def test_what_time_ends_leaves_what_the_rules_found(monkeypatch):
-    def late(*_):
-        raise TimeoutError
-
-    monkeypatch.setattr(arena_placement, "by_groups", late)
+def test_where_nothing_is_searched_for_the_rules_answer():
     items, length = layers(8, 8), 8 * LENGTH
-    height, offsets = pack(items, 0, length, HEIGHT, HEIGHT)
+    height, offsets = pack(items, 0, length, HEIGHT, HEIGHT, options=SearchOptions(packing=False))
     assert height == by_rule(items, length) > HEIGHT
     assert apart(items, offsets)
 

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from synthetic import deep, device, small_chain
 
+from tightfit.planner.cutoff import NEVER
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
@@ -86,7 +87,7 @@ def test_any_chain_under_any_segments_passes_the_simulator(seed):
             assert schedule is not None
             assert excess <= 0
             told = SearchResult(schedule=schedule, bound_seconds=0.0)
-            made = planner._finish(1 << 40, "solver", told, 0.0)
+            made = planner._finish(1 << 40, "solver", told, NEVER)
             assert made.step_seconds == pytest.approx(schedule.seconds)
             again = [f"l{layer}" for low, high in segments for layer in range(low, high + 1)]
             assert rerun_layers(made) == again

@@ -507,7 +507,7 @@ def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile
         identity = service._id(there.fingerprint)
     assert there.peak_bytes == here.peak_bytes
     planner = planner_of(profile)
-    assert told == explained(planner, planner.plan(minimum + 20480), time_limit=30.0, left=30.0)
+    assert told == explained(planner, planner.plan(minimum + 20480), left=30.0)
     assert [worth.change_bytes for worth in told.neighbours] == [-NEIGHBOUR_BYTES, NEIGHBOUR_BYTES]
     view = served.http.get(f"/v1/plans/{identity}/view").json()
     assert any("MiB more" in sentence for sentence in view["details"])

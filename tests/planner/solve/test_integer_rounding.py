@@ -5,7 +5,6 @@ force.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import REAL, decoder_like, device
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_figures import FIELDS, KIB
 from tightfit.planner.schedule.column_bytes import charged_bytes, instruction_count
@@ -32,9 +32,9 @@ def searched(decoder, times):
     """A search whose columns are priced, at a budget of so many times what mebp takes."""
     solver = Solver(decoder.problem)
     room = solver.room(int(times * decoder.plan(1 << 45, policy="mebp").peak_bytes))
-    search = ColumnGeneration(relaxation=solver.careful, limit_bytes=room, deadline=time.monotonic() + 600)
+    search = ColumnGeneration(relaxation=solver.careful, limit_bytes=room, cutoff=Cutoff(600))
     search.columns()
-    return search, solver.careful.solve(room, 60.0)
+    return search, solver.careful.solve(room)
 
 
 def test_mixtures_are_rounded_in_turn():
@@ -96,7 +96,7 @@ def test_what_is_fitted_fits_and_no_change_of_two_layers_is_better():
     missed = 0
     for seed in range(200):
         windows, figures, prices, candidates = drawn(seed, layers=5, width=4)
-        picks = ColumnRounding([0, 1, 0, 1, 0], figures, prices, candidates).fitted(windows, [0] * 5, math.inf)
+        picks = ColumnRounding([0, 1, 0, 1, 0], figures, prices, candidates).fitted(windows, [0] * 5)
         time_ms = np.stack(prices)
         time_ms[:, BYTES] = 0.0
         fitting = {}
@@ -121,12 +121,12 @@ def table(rows):
     return figures
 
 
-def fitted(rows, mixture, picks, spare=0.0, deadline=math.inf):
+def fitted(rows, mixture, picks, spare=0.0, cutoff=NEVER):
     """Two layers of a type each, of the same columns, whose mixtures hold `mixture` KiB between their windows."""
     figures = [table(rows), table(rows)]
     windows = WindowBytes(np.full((3, 2), spare), np.stack([table([(mixture, 0.0)])[0]] * 2), 0.0)
     prices = [np.ones(len(FIELDS))] * 2
-    return ColumnRounding([0, 1], figures, prices, [list(range(len(rows)))] * 2).fitted(windows, picks, deadline)
+    return ColumnRounding([0, 1], figures, prices, [list(range(len(rows)))] * 2).fitted(windows, picks, cutoff)
 
 
 def test_what_hardly_makes_room_does_not_hide_what_does():
@@ -147,18 +147,18 @@ def test_a_change_that_costs_nothing_makes_room_for_another():
     mixtures = np.stack([rows[0][0], rows[1][0]])
     windows = WindowBytes(np.zeros((3, 2)), mixtures, 0.0)
     rounding = ColumnRounding([0, 1], rows, [np.ones(len(FIELDS))] * 2, [[0, 1, 2]] * 2)
-    assert rounding.fitted(windows, [0, 0], math.inf) == [1, 2]
+    assert rounding.fitted(windows, [0, 0]) == [1, 2]
 
 
 def test_what_cannot_be_made_to_fit_is_none_and_takes_no_longer_than_it_may():
     rows = [(1000.0 - number, float(number)) for number in range(8)]
     assert fitted(rows, 10.0, [0, 0]) is None
     with pytest.raises(TimeoutError):
-        fitted([*rows, (0.0, 100.0)], 10.0, [0, 0], deadline=time.monotonic() - 1.0)
-    # What fits is the answer, whatever could be better.
+        fitted([*rows, (0.0, 100.0)], 10.0, [0, 0], cutoff=Cutoff(-1.0))
     fast = [(10.0, 9.0), (10.0, 8.0)]
     assert fitted(fast, 10.0, [0, 0]) == [1, 1]
-    assert fitted(fast, 10.0, [0, 0], deadline=time.monotonic() - 1.0) in ([0, 1], [1, 0])
+    with pytest.raises(TimeoutError):
+        fitted(fast, 10.0, [0, 0], cutoff=Cutoff(-1.0))
 
 
 def test_many_layers_are_fitted_in_time():
@@ -174,7 +174,7 @@ def test_many_layers_are_fitted_in_time():
     rounding = ColumnRounding(kinds, figures, [np.ones(len(FIELDS))] * 300, [list(range(30))] * 300)
     begun = time.thread_time()
     try:
-        picks = rounding.fitted(windows, [0] * 300, time.monotonic() + 1.0)
+        picks = rounding.fitted(windows, [0] * 300, Cutoff(1.0))
     except TimeoutError:
         picks = None
     assert time.thread_time() - begun < 3.0

@@ -17,17 +17,16 @@ from hypothesis import strategies as st
 from synthetic import REAL, decoder_like, deep, device, small_chain
 
 from tightfit.planner.compare import compare
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
-from tightfit.planner.schedule import prefetch
-from tightfit.planner.schedule.prefetch import FreeBytes, facts_of, fast_orders
-from tightfit.planner.schedule.realize import CyclePart, realize, smallest_arena
+from tightfit.planner.schedule.realize import realize
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.model_budget_search import BudgetSearch
 from tightfit.planner.solve.model_search import SearchResult, Solver
-from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns, smallest
-from tightfit.planner.solve.pricing import ColumnPool
+from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
+from tightfit.planner.solve.pricing import ColumnPool, TooLargeError
 from tightfit.planner.solvers import lp
 from tightfit.planner.solvers.lp import GrowingProgram, Linear, LinearProgram, Solution
 from tightfit.runtime.common.gc_pause import paused_collector
@@ -46,8 +45,7 @@ def decoder():
 
 
 def attempt_of(planner, budget, **changes):
-    now = time.monotonic()
-    figures = {"limit": planner.solver.room(budget), "started": now, "deadline": now + 60} | changes
+    figures = {"limit": planner.solver.room(budget), "cutoff": Cutoff(60)} | changes
     return BudgetSearch(problem=planner.problem, **figures)
 
 
@@ -64,10 +62,10 @@ def test_a_budget_below_what_is_fixed_has_no_bound_and_no_columns():
     planner = ModelPlanner(small_chain(1, on=device(**REAL)))
     assert planner.solver.room(1) < 0
     assert planner.bound(1) is None
-    search = ColumnGeneration(relaxation=planner.solver.relaxed, limit_bytes=-1, deadline=math.inf)
+    search = ColumnGeneration(relaxation=planner.solver.relaxed, limit_bytes=-1, cutoff=NEVER)
     every = [list(range(len(planner.solver.pool.columns[kind]))) for kind in planner.problem.layer_type]
     assert search._whole(-1, every) is None
-    assert planner.solver.solve(1, time.monotonic() + 5, None).schedule is None
+    assert planner.solver.solve(1, Cutoff(5), None).schedule is None
 
 
 @pytest.mark.parametrize("infeasible", [True, False])
@@ -84,28 +82,26 @@ def test_no_columns_and_no_proof_that_none_fit(chain, monkeypatch, infeasible):
 
 
 @pytest.mark.slow
-def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
+def test_a_search_that_cannot_fill_in_still_chooses(decoder, monkeypatch):
     budget = int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3)
     limit = decoder.solver.room(budget)
-    search = ColumnGeneration(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
+    search = ColumnGeneration(relaxation=decoder.solver.relaxed, limit_bytes=limit, cutoff=Cutoff(60))
     search.columns()
     asked = []
 
-    def late(*_):
+    def large(*_):
         asked.append(1)
-        raise TimeoutError
+        raise TooLargeError
 
     monkeypatch.setattr(search, "_fitted", lambda *_: None)
     monkeypatch.setattr(ColumnPool, "cheapest_within", lambda *_: None)
-    monkeypatch.setattr(ColumnPool, "fill", late)
-    assert search.timely
+    monkeypatch.setattr(ColumnPool, "fill", large)
     assert search.choose(limit) is not None
     assert asked == [1]
-    assert not search.timely
 
 
 @pytest.mark.slow
-def test_layers_whose_programs_take_too_long_are_searched_without(monkeypatch):
+def test_layers_whose_programs_are_too_large_are_searched_without(monkeypatch):
     """A plan near the one that programs find, and a bound that does not claim more."""
     profile = decoder_like(4, tokens=256, slices=3, on=device(**REAL))
     with_programs = ModelPlanner(profile)
@@ -114,31 +110,11 @@ def test_layers_whose_programs_take_too_long_are_searched_without(monkeypatch):
         best = with_programs.plan(budget)
         without = ModelPlanner(profile)
         with monkeypatch.context() as patched:
-            patched.setattr("tightfit.planner.solve.pricing.BLOCK_SECONDS", 1e9)
+            patched.setattr("tightfit.planner.solve.pricing.MOST_PAIRS", 0)
             plan = without.plan(budget)
         assert plan.peak_bytes <= budget
         assert best.bound_seconds <= plan.step_seconds <= 1.05 * best.step_seconds
         assert plan.bound_seconds <= best.step_seconds
-
-
-def test_a_choice_that_time_ends_is_the_best_so_far(decoder, monkeypatch):
-    limit = decoder.solver.room(int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3))
-    search = ColumnGeneration(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
-    columns = rule_columns(decoder.problem, POLICIES["mebp"])
-    answers = iter([(math.inf, columns)])
-
-    def whole(*_):
-        try:
-            return next(answers)
-        except StopIteration:
-            raise TimeoutError from None
-
-    monkeypatch.setattr(search, "_whole", whole)
-    monkeypatch.setattr(ColumnPool, "fill", lambda *_: None)
-    # The first answer is no good one, and there is no time for another.
-    assert search.choose(limit) is columns
-    with pytest.raises(TimeoutError):
-        search.choose(limit)
 
 
 def test_a_solver_that_cannot_be_made_is_done_without(monkeypatch):
@@ -185,58 +161,44 @@ def test_a_warm_start_that_wanders_is_broken_off(monkeypatch):
     assert growing._solver is begun
 
 
-@pytest.mark.parametrize(("deadline", "passes"), [(math.inf, 2), (0.0, 1)])
-def test_transfers_past_the_deadline_are_ordered_once(monkeypatch, deadline, passes):
-    # The disk is so slow that every pass waits for it: none is the last by itself. The second gains nothing over the
-    # first.
-    problem = layered(decoder_like(2, tokens=256, slices=3, on=device(read=1e6)))
-    draft = CyclePart(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
-    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
-    made = []
-    one = prefetch._PrefetchPass
-    monkeypatch.setattr(prefetch, "_PrefetchPass", lambda *given: made.append(1) or one(*given))
-    fast_orders(facts, problem.inputs, lambda: FreeBytes(facts, 1 << 30), deadline)
-    assert len(made) == passes
-
-
-def test_past_the_deadline_rules_give_way_to_what_was_found(chain):
+def test_the_clock_raises_in_whatever_it_cuts(chain):
     planner, _ = chain
-    found = replace(of_rule(planner), seconds=1e6)
-    late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1, schedules=[found])
-    planner.solver._by_rules(late, 0.0)
-    assert late.schedules == [found]
-    assert not late.timely
-    # Where there is nothing yet, one rule is carried out all the same.
-    empty = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1)
-    planner.solver._by_rules(empty, 0.0)
-    assert len(empty.schedules) == 1
-    assert not empty.timely
+    columns = rule_columns(planner.problem, POLICIES["mebp"])
+    late = attempt_of(planner, 1 << 40, cutoff=Cutoff(-1.0))
+    for stage in (
+        lambda: late.try_columns(columns),
+        lambda: planner.solver._by_rules(late, 0.0),
+        lambda: planner.solver._in_the_class(late),
+    ):
+        with pytest.raises(TimeoutError):
+            stage()
+    assert not late.schedules
+    # The first schedule is not cut: there is a plan wherever columns that are known at once fit.
+    planner.solver._at_once(late)
+    assert late.best.peak_bytes <= 1 << 40
 
 
-def test_columns_carried_out_late_are_not_what_another_run_finds(chain):
-    planner, _ = chain
-    late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1)
-    schedule, _ = late.try_columns(rule_columns(planner.problem, POLICIES["mebp"]))
-    assert late.best is schedule
-    assert not late.timely
+@pytest.mark.parametrize("ends_at", range(3))
+def test_a_stage_that_is_cut_leaves_what_the_stages_before_it_found(chain, monkeypatch, ends_at):
+    """And what it found itself."""
+    planner, budget = chain
+    stages = ("_at_once", "_in_the_class", "_by_rules")
+    best = of_rule(planner)
 
+    def stage(number):
+        def run(self, attempt, *_, most=None):
+            if most is None:
+                attempt.schedules.append(replace(best, seconds=10.0 - number, peak_bytes=1))
+                if number == ends_at:
+                    raise TimeoutError
 
-def test_a_search_that_was_cut_once_stays_so(decoder):
-    late = attempt_of(decoder, 1 << 40, timely=False)
-    decoder.solver._by_columns(late)
-    assert late.schedules
-    assert not late.timely
+        return run
 
-
-def test_a_share_of_the_time_ends_no_more_than_that(chain):
-    attempt = attempt_of(chain[0], 1 << 40, started=10.0, deadline=20.0)
-    with attempt.within(0.6):
-        assert attempt.deadline == pytest.approx(16.0)
-        raise TimeoutError
-    assert (attempt.deadline, attempt.timely) == (20.0, False)
-    with pytest.raises(KeyboardInterrupt), attempt.within(0.6):
-        raise KeyboardInterrupt
-    assert attempt.deadline == 20.0
+    for number, name in enumerate(stages):
+        monkeypatch.setattr(Solver, name, stage(number))
+    told = Solver(planner.problem).solve(budget, Cutoff(60), None, bound=1.0)
+    assert told.schedule.seconds == 10.0 - ends_at
+    assert not told.deterministic
 
 
 @given(
@@ -263,12 +225,11 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
         attempt.schedules.append(schedule)
         return schedule, 0
 
-    attempt = BudgetSearch(problem=None, limit=limit, deadline=math.inf, started=0.0, bound=1.0)
-    attempt.has_time_to_realize = lambda: True
+    attempt = BudgetSearch(problem=None, limit=limit, cutoff=NEVER, bound=1.0)
     attempt.try_columns, attempt._price = carry, lambda search, reserve: None
     if found:
         attempt.schedules.append(SimpleNamespace(seconds=3.0, stalls=0.0))
-    search = SimpleNamespace(choose=choose, timely=True, report=lambda *_: None)
+    search = SimpleNamespace(choose=choose)
     attempt.choose(search)
 
 
@@ -284,45 +245,31 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
 )
 def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(seconds, carried):
     left = iter(seconds)
-    attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt = BudgetSearch(problem=None, limit=1 << 30, cutoff=NEVER, bound=1.0)
 
     def carry(columns):
         schedule = SimpleNamespace(seconds=next(left), stalls=1.0)
         attempt.schedules.append(schedule)
         return schedule, 0
 
-    attempt.has_time_to_realize = lambda: True
     attempt.try_columns, attempt._price = carry, lambda search, reserve: None
-    search = SimpleNamespace(choose=lambda room: room, timely=True, report=lambda *_: None)
+    search = SimpleNamespace(choose=lambda room: room)
     attempt.choose(search)
     assert len(attempt.schedules) == carried
     assert attempt.good_enough()
 
 
 def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
-    attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt = BudgetSearch(problem=None, limit=1 << 30, cutoff=NEVER, bound=1.0)
 
     def choose(one, search, choices):
         one.schedules.append("found")
-        one.timely = False
         raise TimeoutError
 
     monkeypatch.setattr(BudgetSearch, "choose", choose)
     with pytest.raises(TimeoutError):
         attempt.choose_anew(None)
-    assert (attempt.schedules, attempt.timely) == (["found"], False)
-
-
-@pytest.mark.parametrize(
-    ("left", "searched", "timely"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_a_choice_that_time_cut_short_is_not_what_another_run_finds(left, searched, timely):
-    """Time ended the search, or there was none left to carry anything out."""
-    attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
-    attempt.has_time_to_realize = lambda: left
-    search = SimpleNamespace(choose=lambda room: None, timely=searched)
-    attempt.choose(search)
-    assert attempt.timely == timely
+    assert attempt.schedules == ["found"]
 
 
 def test_the_collector_comes_back_after_an_interruption(monkeypatch):
@@ -404,10 +351,10 @@ def test_a_plan_of_a_smaller_budget_is_held_against_its_own_bound(chain):
     """Faster, but under which layers go forward twice: what was proven for the class says nothing of it."""
     planner, budget = chain
     solver_ = Solver(planner.problem)
-    alone = solver_.solve(budget, time.monotonic() + 30, None)
+    alone = solver_.solve(budget, Cutoff(30), None)
     twice = replace(alone.schedule, segments=((0, 1),), seconds=0.9 * alone.schedule.seconds)
     solver_.results.append(SearchResult(schedule=twice, bound_seconds=0.0))
-    again = solver_.solve(budget, time.monotonic() + 30, None, bound=alone.schedule.seconds / 2)
+    again = solver_.solve(budget, Cutoff(30), None, bound=alone.schedule.seconds / 2)
     assert again.schedule is twice
     assert again.proven_seconds == alone.schedule.seconds / 2
     assert again.bound_seconds == alone.bound_seconds
@@ -417,12 +364,12 @@ def test_a_plan_of_a_smaller_budget_is_held_against_its_own_bound(chain):
 def test_a_plan_that_another_run_may_not_find_says_so_at_every_budget(chain):
     planner, budget = chain
     solver_ = Solver(planner.problem)
-    alone = solver_.solve(budget, time.monotonic() + 30, None)
+    alone = solver_.solve(budget, Cutoff(30), None)
     assert alone.deterministic
     chance = replace(alone.schedule, seconds=0.9 * alone.schedule.seconds, peak_bytes=1)
     solver_.results.append(SearchResult(schedule=chance, bound_seconds=0.0, deterministic=False))
-    assert not solver_.solve(budget, time.monotonic() + 30, None).deterministic
-    least, certain = solver_.lowest_schedule(time.monotonic() + 30)
+    assert not solver_.solve(budget, Cutoff(30), None).deterministic
+    least, certain = solver_.lowest_schedule(Cutoff(30))
     assert least is chance
     assert not certain
 
@@ -430,41 +377,9 @@ def test_a_plan_that_another_run_may_not_find_says_so_at_every_budget(chain):
 def test_the_same_question_leaves_nothing_new_behind(chain):
     planner, budget = chain
     solver_ = Solver(planner.problem)
-    first = solver_.solve(budget, time.monotonic() + 30, None)
-    assert solver_.solve(budget, time.monotonic() + 30, None) == first
+    first = solver_.solve(budget, Cutoff(30), None)
+    assert solver_.solve(budget, Cutoff(30), None) == first
     assert solver_.results == [first]
-
-
-@pytest.mark.slow
-def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeypatch):
-    """And of one little above the fewest bytes of a mixture the smallest itself says whether it is."""
-    problem = layered(decoder_like(2, tokens=256, slices=3, on=device(**REAL)))
-    later = time.monotonic() + 600
-    _, fewest, _ = ColumnGeneration(relaxation=Solver(problem).relaxed, limit_bytes=None, deadline=later).columns()
-    asked = []
-    monkeypatch.setattr(Solver, "lowest_schedule", lambda self, _: asked.append(self) or (self.smallest, True))
-    for above in (1.2, 1.05):
-        one = Solver(problem)
-        budget = int(above * fewest * 1024) - one.room(0)
-        assert one.room(budget) == int(above * fewest * 1024)
-        assert one.tight(budget)
-        priced = one.pool.programs
-        assert one.reaches(budget, later) == (above == 1.2)
-        assert one.pool.programs > priced
-        assert len(asked) == (above != 1.2)
-
-
-@pytest.mark.slow
-def test_the_smallest_arena_is_looked_for_only_where_one_found_at_once_is_too_large():
-    problem = layered(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
-    quick = smallest_arena(problem, rule_columns(problem, smallest), deadline=0.0).peak_bytes
-    enough = Solver(problem)
-    assert not enough.tight(quick)
-    assert "smallest" not in vars(enough)
-    assert enough.tight(enough.smallest.peak_bytes - 1)
-    short = Solver(problem)
-    assert short.tight(short.smallest.peak_bytes - 1)
-    assert quick >= short.smallest.peak_bytes
 
 
 def test_a_search_starts_from_all_that_is_kept_beside_weights_that_are_streamed():

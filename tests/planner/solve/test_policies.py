@@ -17,6 +17,7 @@ from safetensors.torch import load
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.compare import compare
+from tightfit.planner.cutoff import NEVER
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.gradients import lcsb_cycle, trained_blocks, two_forwards, without_resting_states
@@ -99,7 +100,7 @@ def test_layers_that_go_forward_twice_give_the_same_bits(planner, records, tmp_p
     for rule in (mebp, smallest):
         schedule, _ = realize(problem, rule_columns(problem, rule), UNLIMITED, segments=segments)
         outcome = SearchResult(schedule=schedule, bound_seconds=0.0)
-        made = planner._finish(UNLIMITED, "solver", outcome, 0.0)
+        made = planner._finish(UNLIMITED, "solver", outcome, NEVER)
         assert len(rerun_layers(made)) == 4
         (tmp_path / rule.__name__).mkdir()
         others, *more = trained(made, records, tmp_path / rule.__name__, 3)
@@ -276,4 +277,6 @@ def test_no_bound_of_a_cycle_counts_states_at_rest(planner):
     assert gone
     assert all(name.startswith(("adam_m:", "adam_v:")) for name in gone)
     budget = planner.minimum_bytes(policy="lcsb")
-    assert planner.plan(budget, policy="lcsb").any_schedule_bound_seconds <= planner._any_bound(budget - 1, "lcsb", 5.0)
+    assert planner.plan(budget, policy="lcsb").any_schedule_bound_seconds <= planner._any_bound(
+        budget - 1, "lcsb", NEVER
+    )

@@ -11,6 +11,7 @@ from swallowing import Swallowing
 from synthetic import small_chain
 from tiny_plans import decoder_profile
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import measure
@@ -65,7 +66,7 @@ def test_no_decision_is_cheaper_than_what_is_proven():
             costs = np.stack([figures_row(measure(kind, random_decision(rng, kind))) for _ in range(20)])
             asked = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(3)]
             for prices in asked:
-                pool.price(number, prices, 0.05, 60.0)
+                pool.price(number, prices, 0.05, NEVER)
                 assert pool.bound(number, prices) >= 0.94 * pool.known(number, prices)
             others = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(10)]
             for prices in [*asked, *others, *np.eye(len(FIELDS))]:
@@ -77,7 +78,7 @@ def test_what_is_proven_is_the_solvers_bound_and_not_its_answer(monkeypatch):
     """Where it stops at a gap, decisions may be cheaper than the one that it found."""
     pool = ColumnPool(problem=layered(small_chain(3, layers=2)))
     prices = np.ones(len(FIELDS))
-    program = pool.block(0, 60.0).program
+    program = pool.block(0).program
     solve, found = program.solve, []
 
     def stopped(*given):
@@ -86,7 +87,7 @@ def test_what_is_proven_is_the_solvers_bound_and_not_its_answer(monkeypatch):
         return replace(result, bound=0.9 * result.objective)
 
     monkeypatch.setattr(program, "solve", stopped)
-    pool.price(0, prices, 0.1, 60.0)
+    pool.price(0, prices, 0.1, NEVER)
     assert pool.bound(0, prices) == pytest.approx(0.9 * found[0], rel=1e-6)
 
 
@@ -96,15 +97,15 @@ def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
     pool = Solver(problem).pool
     relaxation = MasterLp(pool, careful=False)
     limit = Solver(problem).room(1 << 30)
-    before = relaxation.solve(limit, 10.0)
-    assert relaxation.solve(limit, 10.0) is before
+    before = relaxation.solve(limit)
+    assert relaxation.solve(limit) is before
     number = problem.layer_type[0]
     cheapest = pool.figures[number].min(axis=0) / 2
     pool.columns[number].append(pool.columns[number][0])
     pool.figures[number] = np.vstack([pool.figures[number], cheapest])
     with pytest.raises(TimeoutError):
-        relaxation.solve(limit, 0.0)
-    assert relaxation.solve(limit, 10.0).value < before.value
+        relaxation.solve(limit, Cutoff(-1.0))
+    assert relaxation.solve(limit).value < before.value
 
 
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
@@ -131,10 +132,10 @@ def test_no_change_of_one_fate_is_cheaper_than_what_a_search_adds(tiled):
             searched, solved = Solver(tiled).pool, Solver(tiled).pool
             prices = chance.uniform(0.0, 1.0, len(FIELDS)) / np.maximum(1e-9, searched.figures[number].mean(axis=0))
             rules = (searched.figures[number] @ prices).min()
-            searched.improve(number, prices, 60.0)
+            searched.improve(number, prices, NEVER)
             costs = searched.figures[number] @ prices
             best, found = searched.columns[number][int(costs.argmin())].decision, costs.min()
-            solved.price(number, prices, 1e-3, 60.0)
+            solved.price(number, prices, 1e-3, NEVER)
             assert solved.bound(number, prices) <= found * (1 + 1e-9)
             assert found <= rules
             gained += found < 0.99 * rules
@@ -153,7 +154,7 @@ def test_what_cannot_be_made_again_is_kept_or_offloaded(tiled):
     for number, kind in enumerate(tiled.types):
         pool = Solver(tiled).pool
         free = np.where([name in ("between", "backward_peak") for name in FIELDS], 1.0, 0.0)
-        pool.improve(number, free, 60.0)
+        pool.improve(number, free, NEVER)
         for column in pool.columns[number]:
             stored = column.decision.keep | column.decision.offload
             assert {v for v in kind.candidates if v in kind.owned or not kind.producer[v].recomputable} <= stored
@@ -162,10 +163,13 @@ def test_what_cannot_be_made_again_is_kept_or_offloaded(tiled):
 
 
 def test_a_search_without_time_adds_nothing(tiled):
-    for number in range(len(tiled.types)):
+    for number, kind in enumerate(tiled.types):
+        if not kind.candidates:
+            continue
         pool = Solver(tiled).pool
         known = len(pool.columns[number])
-        assert not pool.improve(number, np.ones(len(FIELDS)), -1.0)
+        with pytest.raises(TimeoutError):
+            pool.improve(number, np.ones(len(FIELDS)), Cutoff(-1.0))
         assert len(pool.columns[number]) == known
 
 
@@ -180,4 +184,4 @@ def test_a_search_begins_where_nothing_is_lost_that_cannot_be_made_again(tiled):
     bare = measure(kind, replace(everything, keep=everything.keep - (kind.owned - read)))
     pool.columns[number] = [bare, *pool.columns[number][1:]]  # it holds what keeping everything holds
     for name in FIELDS:
-        pool.improve(number, np.where([other == name for other in FIELDS], 1.0, 1e-9), 60.0)
+        pool.improve(number, np.where([other == name for other in FIELDS], 1.0, 1e-9), NEVER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from shapes import decoder_profile
 from synthetic import REAL, decoder_like, device
 
+from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
@@ -74,8 +74,7 @@ def test_what_one_budget_proves_holds_at_every_other(tall):
     for share in (1.2, 1.35, 1.6, 3.0):
         fresh = Solver(tall.problem)
         room = fresh.room(int(share * smallest))
-        later = time.monotonic() + 600
-        search = ColumnGeneration(relaxation=fresh.relaxed, limit_bytes=room, deadline=later, tolerance=1e-5)
+        search = ColumnGeneration(relaxation=fresh.relaxed, limit_bytes=room, cutoff=Cutoff(600), tolerance=1e-5)
         _, master, kept = search.columns()
         assert kept
         proven = carried.solver.relaxed.proven(room)
@@ -148,9 +147,7 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
     monkeypatch.setattr(
         model_budget_search, "realize", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
     )
-    one = model_budget_search.BudgetSearch(
-        problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600
-    )
+    one = model_budget_search.BudgetSearch(problem=decoder.problem, limit=room, cutoff=Cutoff(600))
     first, _ = one.try_columns(columns)
     other = replace(one, schedules=[])
     again, _ = other.try_columns(columns)
@@ -166,9 +163,7 @@ def test_while_the_limit_is_not_kept_no_seconds_are_told(decoder):
     told = []
     solver = Solver(decoder.problem)
     limit = solver.room(solver.smallest.peak_bytes) // 2
-    search = ColumnGeneration(
-        relaxation=solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60, progress=told.append
-    )
+    search = ColumnGeneration(relaxation=solver.relaxed, limit_bytes=limit, cutoff=Cutoff(60), progress=told.append)
     assert not search.columns()[2]
     assert told
     assert all((one["incumbent"], one["bound"], one["gap"]) == (float("inf"), 0.0, 1.0) for one in told)
@@ -303,7 +298,7 @@ def test_where_a_rule_fits_no_limit_says_that_nothing_does(sixfold, policy):
     """At the very byte that a rule needs, within a limit that ends every search at once."""
     least = sixfold.solver.smallest if policy == "smallest" else sixfold.minimum(policy=policy)
     made = ModelPlanner(sixfold.profile).plan(least.peak_bytes, time_limit=0.01)
-    assert made.status != "infeasible"
+    assert made.fits
     assert made.peak_bytes <= least.peak_bytes
     assert made.gap == pytest.approx(1 - made.bound_seconds / made.step_seconds)
 

@@ -186,7 +186,7 @@ def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
     assert code == 0
     told = json.loads(out)
     assert out.count("\n") == 1
-    assert (planned.asked["gap"], planned.asked["time_limit"]) == (0.0, 30.0)
+    assert (planned.asked["gap"], planned.asked["time_limit"]) == (0.0, None)
     tightfit("plan", "profile.json", "--memory", "350MiB", "-o", path, "--gap", 0.002)
     assert planned.asked["gap"] == 0.002
     for name, value in {
@@ -293,12 +293,17 @@ def test_an_infeasible_budget_for_a_person(tightfit, planned, tmp_path):
 
 
 def test_a_smallest_budget_that_was_lowered_since_is_one_figure(tightfit, planned, tmp_path):
-    planned(infeasible_plan("solver").model_copy(update={"deterministic": False}), smallest=400 * MIB)
+    unknown = {"status": "unknown", "ended_by": "time limit", "minimum_bound_bytes": 240 * MIB, "deterministic": False}
+    planned(infeasible_plan("solver").model_copy(update=unknown), smallest=400 * MIB)
     words = ["plan", "profile.json", "--memory", "250MiB", "-o", tmp_path / "plan.json"]
     code, out, err = tightfit(*words, "--json")
     assert code == 3
     assert json.loads(out)["minimum_budget_bytes"] == 400 * MIB
-    assert "the smallest feasible budget found so far is 400.0 MiB (419430400 bytes), 150.0 MiB more" in err
+    assert "no plan was found that fits 250.0 MiB" in err
+    assert (
+        "the smallest feasible budget lies between 240.0 MiB, which is proven, and 400.0 MiB (419430400 bytes), the"
+        " smallest found, 150.0 MiB more; a longer --time-limit may find a plan" in err
+    )
     assert "412.4" not in out + err
 
 

@@ -28,12 +28,12 @@ def do(order: JobOrder, events: EventWriter) -> Row:
     planned = planner.plan(
         request["memory"],
         policy=None if options.policy == SOLVER else options.policy,
-        time_limit=options.time_limit,
+        time_limit=options.seconds,
         gap=options.gap,
         progress=lambda figures: events.progress(**finite(figures)),
     )
-    seconds_left = options.time_limit - (time.monotonic() - started)
-    explanation = explained(planner, planned, time_limit=options.time_limit, left=seconds_left).model_dump(mode="json")
+    seconds_left = options.seconds - (time.monotonic() - started)
+    explanation = explained(planner, planned, left=seconds_left).model_dump(mode="json")
     objects = ObjectStore(Path(order.objects))
     file = keep_plan(objects, order, planned, request["profile"], explanation=explanation)
     summary = plan_summary(planned) | {"explanation": explanation}

@@ -1,0 +1,131 @@
+"""A clock that is slow, jumps or stands still cuts a search, and changes nothing else: plans whose search ends by itself
+are the same to the byte, and more time never gives a slower plan.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from synthetic import REAL, decoder_like, device, small_chain
+
+from tightfit.planner import plan_result
+from tightfit.planner.cutoff import LONGEST, NEVER, Cutoff
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan_result import until_known
+
+MIB = 1 << 20
+
+
+class Ticking:
+    """A clock that goes on by `tick` seconds whenever it is read, and now and then by `jump` more."""
+
+    def __init__(self, tick: float, jump: float = 0.0) -> None:
+        self.tick, self.jump, self.now, self.chance = tick, jump, 0.0, random.Random(0)
+
+    def __call__(self) -> float:
+        self.now += self.tick + (self.jump if self.chance.random() < 0.1 else 0.0)
+        return self.now
+
+
+class Stopping:
+    """The clock on the wall, but the first readings each find that a program has been stopped for some time."""
+
+    def __init__(self) -> None:
+        self.left = 20
+
+    def __call__(self) -> float:
+        if self.left:
+            self.left -= 1
+            time.sleep(0.02)
+        return time.monotonic()
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def decoder(request):
+    """(profile of a small decoder, budgets from the smallest on)"""
+    profile = decoder_like(request.param, tokens=128, slices=3, on=device(**REAL))
+    planner = ModelPlanner(profile)
+    least = planner.minimum_bytes(time_limit=60)
+    return profile, [int(times * least) for times in (1.0, 1.05, 1.3)]
+
+
+def test_a_cutoff_counts_down_and_strikes_once_and_for_all():
+    now = [10.0]
+    cutoff = Cutoff(5.0, lambda: now[0])
+    assert (cutoff.elapsed, cutoff.over, cutoff.left()) == (0.0, False, 5.0)
+    cutoff.check()
+    now[0] = 15.0
+    assert (cutoff.elapsed, cutoff.over) == (5.0, True)
+    for ended in (cutoff.left, cutoff.check):
+        with pytest.raises(TimeoutError):
+            ended()
+    assert NEVER.left() == LONGEST
+    assert not NEVER.over
+
+
+@pytest.mark.parametrize(
+    "clock", [lambda: Ticking(1e-6), lambda: Ticking(0.01, 10.0), Stopping], ids=["slow", "jumping", "stopping"]
+)
+def test_a_plan_whose_search_ends_by_itself_does_not_depend_on_the_clock(decoder, clock):
+    profile, budgets = decoder
+    for budget in budgets[1:]:
+        usual = ModelPlanner(profile).plan(budget, time_limit=3600)
+        other = ModelPlanner(profile, now=clock()).plan(budget, time_limit=LONGEST)
+        assert usual.deterministic
+        assert other.deterministic
+        assert other.fingerprint == usual.fingerprint
+
+
+@pytest.mark.parametrize("tick", [0.05, 0.3])
+def test_more_time_never_gives_a_slower_plan_and_no_limit_is_passed(decoder, tick):
+    """Every limit by a planner of its own."""
+    profile, budgets = decoder
+    cut = False
+    for budget in budgets[1:]:
+        seconds, ended = [], []
+        for limit in (1, 2, 4, 8, 16, 32, 64):
+            made = ModelPlanner(profile, now=Ticking(tick)).plan(budget, time_limit=limit)
+            assert made.fits
+            assert made.peak_bytes <= budget
+            assert made.solve_seconds <= 1.1 * limit + 2
+            assert made.bound_seconds <= made.step_seconds
+            seconds.append(made.step_seconds)
+            ended.append(bool(made.deterministic))
+        assert seconds == sorted(seconds, reverse=True)
+        assert ended == sorted(ended)
+        cut |= not ended[0]
+    assert cut
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_that_fits_is_called_infeasible_however_early_it_is_cut(seed):
+    profile = small_chain(seed, on=device(**REAL))
+    least = ModelPlanner(profile).minimum_bytes(time_limit=60)
+    for tick in (1e-3, 0.1, 1.0, 10.0):
+        made = ModelPlanner(profile, now=Ticking(tick)).plan(least, time_limit=1)
+        assert made.fits or (made.status == "unknown" and made.minimum_bound_bytes <= least)
+        assert made.fits or made.ended_by == "time limit"
+        below = ModelPlanner(profile, now=Ticking(tick)).plan(108 * MIB - 1, time_limit=1)
+        assert below.status == "infeasible"
+
+
+def test_a_search_with_neither_a_plan_nor_a_proof_goes_on_where_no_limit_is_given(decoder, monkeypatch, tmp_path):
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
+    profile, least = decoder[0], int(1.002 * decoder[1][0])
+    short = ModelPlanner(profile, now=Ticking(5.0)).plan(least, time_limit=1)
+    assert (short.status, short.ended_by) == ("unknown", "time limit")
+    monkeypatch.setattr(plan_result, "TIME_LIMIT", 1.0)
+    made = ModelPlanner(profile, now=Ticking(5.0)).plan(least, time_limit=None)
+    assert made.fits
+    assert made.peak_bytes <= least
+
+
+def test_what_is_known_is_not_searched_for_again(monkeypatch):
+    profile = small_chain(3, on=device(**REAL))
+    fits, asked = ModelPlanner(profile).plan(1 << 40), []
+    assert until_known(lambda limit: asked.append(limit) or fits) is fits
+    none = ModelPlanner(profile).plan(1)
+    assert until_known(lambda limit: asked.append(limit) or none) is none
+    assert asked == [plan_result.TIME_LIMIT] * 2
