@@ -253,9 +253,16 @@ class ColumnGeneration:
                 best = whole
         return None if best is None else best[1]
 
-    def _fitted(self, limit_bytes: int | None, relaxed: MasterLpSolution) -> WholeColumns | None:
-        """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need
-        more memory.
+    def near(self, limit_bytes: int, relaxed: MasterLpSolution, reserve: int) -> tuple[Column, ...] | None:
+        """Whole columns within `limit_bytes` less `reserve`, near the mixture of `relaxed` at that limit, by the local
+        search alone; None: it finds none.
+        """
+        whole = self._fitted(limit_bytes - reserve, relaxed, reserve)
+        return None if whole is None else whole[1]
+
+    def _fitted(self, limit_bytes: int | None, relaxed: MasterLpSolution, reserve: int = 0) -> WholeColumns | None:
+        """Columns that hold no more in any window than the mixtures do less `reserve`, or a little less where their
+        transfers need more memory.
 
         Where memory has no price, the mixtures are whole but for ties.
         """
@@ -270,7 +277,7 @@ class ColumnGeneration:
         rounding = ColumnRounding(kinds, figures, relaxed.prices, self._near(relaxed, FITTED))
         per_instruction = problem.profile.device.floor.instruction_bytes / KIB
         for margin in MARGINS:
-            windows = WindowBytes(relaxed.spare - margin * limit_bytes / KIB, mixtures, per_instruction)
+            windows = WindowBytes(relaxed.spare - (reserve + margin * limit_bytes) / KIB, mixtures, per_instruction)
             fitted = rounding.fitted(windows, picks, self.cutoff)
             if fitted is None:
                 return None

@@ -1,15 +1,17 @@
-"""Whole columns for when the time limit ends the search early: greedily, by time saved per byte, without a solver."""
+"""Whole columns for a first schedule: greedily, by time saved per byte, without a solver."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.solve.pricing import ColumnPool
 
 
-def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Column, ...] | None:
-    """From the smallest columns on, exchange columns in the order of time saved per byte, as far as the limit allows.
+def greedy(problem: LayeredStep, columns: Sequence[Sequence[Column]], limit_bytes: int) -> tuple[Column, ...] | None:
+    """Of the `columns` of each layer type: from the smallest on, exchange them in the order of time saved per byte, as
+    far as the limit allows.
 
     Time is that of computation and disk together, though they may overlap. None where even the smallest columns do not
     fit.
@@ -22,7 +24,7 @@ def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Co
         """
         return column.between + column.outside + max(column.forward_peak, column.backward_peak) / count
 
-    chosen = [min(pool.columns[kind], key=size) for kind in problem.layer_type]
+    chosen = [min(columns[kind], key=size) for kind in problem.layer_type]
     if charged_bytes(problem, tuple(chosen)) > limit_bytes:
         return None
     # Each layer keeps the latest exchange that fits and is faster than the one before.
@@ -30,12 +32,12 @@ def greedy(problem: LayeredStep, pool: ColumnPool, limit_bytes: int) -> tuple[Co
         (
             (-(_time(start) - _time(column)) / max(1, size(column) - size(start)), layer, index)
             for layer, (kind, start) in enumerate(zip(problem.layer_type, chosen))
-            for index, column in enumerate(pool.columns[kind])
+            for index, column in enumerate(columns[kind])
             if _time(column) < _time(start)
         ),
     )
     for _, layer, index in exchanges:
-        column = pool.columns[problem.layer_type[layer]][index]
+        column = columns[problem.layer_type[layer]][index]
         if _time(column) >= _time(chosen[layer]):
             continue
         previous, chosen[layer] = chosen[layer], column

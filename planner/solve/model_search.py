@@ -23,7 +23,7 @@ from tightfit.planner.solve.greedy import greedy
 from tightfit.planner.solve.master_lp import MOVE_PRICE, SECOND_PRICE, MasterLp, MasterLpSolution
 from tightfit.planner.solve.minimum_budget import lower_peak
 from tightfit.planner.solve.model_budget_search import BudgetSearch
-from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
+from tightfit.planner.solve.policies import POLICIES, all_streamed, fewest, rule_columns, rule_part, smallest
 from tightfit.planner.solve.pricing import ColumnPool
 from tightfit.planner.solvers.highs import MARGIN
 from tightfit.runtime.common.gc_pause import paused_collector
@@ -144,8 +144,8 @@ class Solver:
 
     @cached_property
     def smallest(self) -> Schedule:
-        """A schedule of the smallest fixed rule, where the search for the smallest budget starts."""
-        return smallest_arena(self.problem, rule_columns(self.problem, smallest), options=self._soon)
+        """A schedule of the rule that holds the fewest bytes, where the search for the smallest budget starts."""
+        return smallest_arena(self.problem, rule_columns(self.problem, fewest), options=self._soon)
 
     # --- at a budget -----------------------------------------------------------------------------------------------
 
@@ -237,11 +237,14 @@ class Solver:
         quick = replace(self._soon, moving_in_place=False)
         # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the
         # same.
+        known = [list(columns) for columns in self.pool.columns]
+        for kind, column in dict(zip(self.problem.layer_type, rule_columns(self.problem, fewest))).items():
+            known[kind].append(column)
         limit = attempt.limit - attempt.reserve
-        columns = greedy(self.problem, self.pool, limit)
+        columns = greedy(self.problem, known, limit)
         if columns is None:
             limit = attempt.limit
-            columns = greedy(self.problem, self.pool, limit)
+            columns = greedy(self.problem, known, limit)
         for _ in range(GREEDY_ROUNDS):
             if columns is None:
                 return
@@ -250,7 +253,7 @@ class Solver:
                 attempt.found(schedule)
                 return
             limit -= max(excess, attempt.reserve)
-            columns = greedy(self.problem, self.pool, limit)
+            columns = greedy(self.problem, known, limit)
 
     def bound(self, budget_bytes: int, cutoff: Cutoff) -> float | None:
         """Seconds per step that no plan of the class undercuts at a budget; None where the model finds none that fits.
@@ -476,9 +479,7 @@ class _Peeks:
 
     def __init__(self, attempt: BudgetSearch, relaxation: MasterLp, quick: SearchOptions) -> None:
         self.attempt, self.quick = attempt, quick
-        self.search = ColumnGeneration(
-            relaxation=relaxation, limit_bytes=attempt.limit, cutoff=attempt.cutoff, thorough=False
-        )
+        self.search = ColumnGeneration(relaxation=relaxation, limit_bytes=attempt.limit, cutoff=attempt.cutoff)
         self.least = float("inf")
         """value of the latest mixture near which columns were chosen"""
 
@@ -488,7 +489,7 @@ class _Peeks:
         if attempt.near(bound, PEEK_GAP) or relaxed.value > (1 - PEEK_GAIN) * self.least:
             return
         self.least = relaxed.value
-        columns = self.search.choose(attempt.limit - attempt.reserve)
+        columns = self.search.near(attempt.limit, relaxed, attempt.reserve)
         if columns is not None:
             attempt.try_columns(columns, quick=self.quick)
 

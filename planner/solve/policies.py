@@ -64,6 +64,16 @@ def mesp(kind: LayerType, *, last: bool) -> Decision:
 
 def smallest(kind: LayerType, *, last: bool) -> Decision:
     """Everything on disk or made again; what the search starts from, no policy of its own."""
+    decision = fewest(kind, last=last)
+    weights = tuple(
+        (name, mode if kind.weights[name].repeated else _streamed(kind.weights[name].modes))
+        for name, mode in decision.weights
+    )
+    return replace(decision, weights=weights)
+
+
+def fewest(kind: LayerType, *, last: bool) -> Decision:
+    """As `smallest`, with each weight unpacked anew for every use, so that it holds fewer bytes and takes longer."""
     decision = _decision(kind, frozenset(), _least, trained=_least)
     away = {value for value in decision.keep if value in kind.offloadable and value in kind.owned}
     states = frozenset(update.trainable for update in kind.updates if update.states)

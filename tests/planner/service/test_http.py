@@ -147,10 +147,10 @@ def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
     view = served.http.get(f"/v1/plans/{result['plan']}/view").json()
     assert view["plan"] == result["plan"]
     assert (view["fits"], view["layers"]) == (False, [])
-    assert "its budget is too small" in view["not_runnable"]
+    assert "has no schedule (infeasible)" in view["not_runnable"]
     assert any("smallest" in sentence for sentence in view["gist"])
     run = served.http.post("/v1/runs", json={"plan": result["plan"], "data": "random", "steps": 1})
-    assert "its budget is too small" in refused(run, 422, "invalid_request", "body.plan")
+    assert "has no schedule (infeasible)" in refused(run, 422, "invalid_request", "body.plan")
 
 
 def test_a_policy_of_another_gradient_is_planned_where_it_is_named(served, uploaded):
