@@ -42,10 +42,6 @@ class Cutoff:
         if self.over:
             raise TimeoutError
 
-    def leave(self, seconds: float) -> None:
-        """End the search so many seconds earlier, for what has to be done after it."""
-        self.ends -= seconds
-
 
 NEVER = Cutoff()
 """what nothing cuts"""
