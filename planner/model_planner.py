@@ -69,7 +69,8 @@ class ModelPlanner:
         """As `tightfit.planner.plan.plan`, reusing what was found at earlier budgets."""
         if time_limit is None:
             return until_known(
-                lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress)
+                lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress),
+                progress,
             )
         if policy == MOBILLM:
             device_plan = self._device_planner.plan(budget_bytes, time_limit=time_limit, gap=gap, progress=progress)

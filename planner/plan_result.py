@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from tightfit.planner.instructions import Instruction
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Peak, Phase, Plan
-from tightfit.planner.search_options import LONGEST_LIMIT, TIME_LIMIT
+from tightfit.planner.search_options import LONGEST_LIMIT, TIME_LIMIT, SearchProgress
 from tightfit.profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -216,13 +216,16 @@ def too_small(
     )
 
 
-def until_known(search: Callable[[float], Plan]) -> Plan:
+def until_known(search: Callable[[float], Plan], progress: SearchProgress | None = None) -> Plan:
     """What `search` finds in the usual seconds; where it has neither a plan nor a proof that there is none, in twice as
-    many, and so on.
+    many, and so on, which `progress` is told.
     """
     limit = TIME_LIMIT
     made = search(limit)
     while made.status == "unknown" and made.ended_by == "time limit" and limit < LONGEST_LIMIT:
+        if progress is not None:
+            stage = f"neither a plan nor a proof that none fits after {limit:g} s, going on"
+            progress({"stage": stage, "incumbent": float("inf"), "bound": 0.0, "gap": 1.0, "seconds": limit})
         limit = min(2 * limit, LONGEST_LIMIT)
         made = search(limit)
     return made

@@ -108,7 +108,8 @@ class GraphPlanner:
         """
         if time_limit is None:
             return until_known(
-                lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress)
+                lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress),
+                progress,
             )
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()

@@ -117,8 +117,10 @@ def test_a_search_with_neither_a_plan_nor_a_proof_goes_on_where_no_limit_is_give
     short = ModelPlanner(profile, now=Ticking(5.0)).plan(least, time_limit=1)
     assert (short.status, short.ended_by) == ("unknown", "time limit")
     monkeypatch.setattr(plan_result, "TIME_LIMIT", 1.0)
-    made = ModelPlanner(profile, now=Ticking(5.0)).plan(least, time_limit=None)
+    told = []
+    made = ModelPlanner(profile, now=Ticking(5.0)).plan(least, time_limit=None, progress=told.append)
     assert made.fits
+    assert sum("going on" in state["stage"] for state in told) >= 1
     assert made.peak_bytes <= least
 
 
