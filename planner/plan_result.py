@@ -100,12 +100,12 @@ def status_of(plan_: Plan, bound_seconds: float, step_seconds: float | None = No
 
 
 def ended_by(
-    kind: str, gap: float, *, asked: float, timely: bool, stalled: bool = False, interrupted: bool = False
+    kind: str, gap: float, *, asked: float, deterministic: bool, stalled: bool = False, interrupted: bool = False
 ) -> EndedBy:
     """Why a search for a model of this `kind` ended at `gap`.
 
-    `asked`: the gap at which it could stop; `timely`: no time limit ended it or any search that it depends on;
-    `stalled`: it gave up before its time limit because it had stopped gaining.
+    `asked`: the gap at which it could stop; `deterministic`: no time limit cut it or any search that it depends on;
+    `stalled`: it gave up because it had stopped gaining.
     """
     if gap <= proof_tolerance(kind):
         return "proof"
@@ -113,7 +113,7 @@ def ended_by(
         return "gap"
     if interrupted:
         return "interrupt"
-    return "stalled" if timely or stalled else "time limit"
+    return "stalled" if deterministic or stalled else "time limit"
 
 
 def answered(
@@ -142,7 +142,7 @@ def answered(
         raw.model.kind,
         gap_to(step, bound),
         asked=asked,
-        timely=deterministic,
+        deterministic=deterministic,
         stalled=stalled,
         interrupted=interrupted,
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
-from tightfit.planner.graphs.bounds.bound import ClassBound
+from tightfit.planner.cutoff import Cutoff
+from tightfit.planner.graphs.bounds.bound import AnyBound, ClassBound
 from tightfit.planner.graphs.incumbents import Incumbents
 from tightfit.planner.graphs.plan_result import GraphOutcome, Report
 from tightfit.planner.graphs.problem.actions import carry
@@ -13,183 +13,171 @@ from tightfit.planner.graphs.problem.schedule import Rerun, seconds
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood
 from tightfit.planner.graphs.search.subproblem import BETTER, Subproblem
-from tightfit.planner.plan_result import EXACT, gap_to
+from tightfit.planner.graphs.smallest_budget import evict
+from tightfit.planner.plan_result import gap_to
 
-GRANTED = 0.1
-"""processor time for a first schedule that fits, as a share of the time limit"""
-LOWEST_SHARE = 0.3
-"""share of the time limit for the lowest peak, where no search finds a schedule that fits"""
+EXACT_OPERATORS, EXACT_WORK = 32, 10.0
+"""number of operators up to which one program over the whole class is tried first, and units of work that it may take
+"""
+IMPROVED = 4.0
+"""units of work of ruin and recreate"""
+FIRST_WORK = 1.0
+"""units of work that each of a round's searches has in the first round; in the next ones it is twice as much each time
+"""
 NEAR = 1e-3
 """gap below which a search has little left to gain but the proof of optimality"""
-ATTEMPT_SECONDS = 6.0
-"""least time for an attempt to close the gap, which else gets as much as everything before it took"""
+NEAR_WORK = 4.0
+"""units of work that each of a round's searches has below it at least"""
 GAINED = 0.5
-"""below `NEAR` another attempt follows only if the last one left at most this share of the gap"""
-
-EXACT_OPERATORS = 32
-"""number of operators up to which one program over the whole class is tried first"""
+"""below `NEAR` another round follows only if the last one left at most this share of the gap"""
+REPAIRED = 0.25
+"""units of work, for each unit of a round's searches, in which the bound's answers are repaired"""
 
 
 class GraphBudgetSearch:
     """One search, which starts from what is `found` and adds to it. It may stop at the gap `gap`."""
 
     def __init__(
-        self, found: Incumbents, budget: int, *, gap: float, started: float, deadline: float, report: Report
+        self, found: Incumbents, budget: int, any_bound: AnyBound, *, gap: float, cutoff: Cutoff, report: Report
     ) -> None:
-        """`started` and `deadline` are on the monotonic clock."""
         self.found = found
         self.dag = found.dag
         self.options = found.options
         self.budget = budget
+        self.any_bound = any_bound
         self.gap = gap
-        self.started = started
-        self.deadline = deadline
-        self.span = deadline - started
-        self.ends = started + 0.95 * self.span
-        """when to search no more"""
+        self.cutoff = cutoff
         self.report = report
         self.best = found.lowest()
         """the best schedule so far: the fastest that fits, or the one of lowest peak where none does"""
-        self.bound: ClassBound
-        self.eviction = EvictionSearch(
-            self.dag, budget, deadline=started + 0.3 * self.span, granted=GRANTED * self.span, latest=self.ends
-        )
-        self.near = LargeNeighbourhood(self.dag, budget)
+        self.bound: ClassBound | None = None
+        self.exact_bound = self.dag.once_seconds
+        """what the one program over the whole class has proven"""
+        self.eviction = EvictionSearch(self.dag, budget, cutoff)
+        self.near = LargeNeighbourhood(self.dag, budget, cutoff)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the best schedule fits."""
+        return self.found.peaks[self.best] <= self.budget
+
+    @property
+    def proven(self) -> float:
+        """Lower bound in seconds on every schedule of the class; infinity: none fits."""
+        return self.exact_bound if self.bound is None else self.bound.seconds
 
     def left(self) -> float:
-        """The gap that is left."""
-        return gap_to(seconds(self.dag, self.best), self.bound.seconds)
+        """The gap that is left; 1 where nothing fits yet."""
+        return gap_to(seconds(self.dag, self.best), self.proven) if self.fits else 1.0
 
     def solve(self) -> GraphOutcome:
-        """A schedule that fits and a bound, then attempts to close the gap between them."""
-        fits = self._evicted(self.found.seeds(self.budget, self.deadline))
-        if not fits and time.monotonic() > self.ends:
-            self.found.ended(False)
-            return self._nothing()
-        if fits:
-            self.report("fits", seconds(self.dag, self.best), self.dag.once_seconds)
-        if self.options.exact and self.dag.operators <= EXACT_OPERATORS and self._proven():
-            bound = max(self.dag.once_seconds, seconds(self.dag, self.best) - BETTER * self.dag.once_seconds)
-            return GraphOutcome(carried=carry(self.dag, self.best), bound_seconds=bound)
-        # From here on only the clock counts, not processor time.
-        self.eviction.deadline, self.eviction.granted = self.started + 0.1 * self.span, 0.0
-        if fits and self.options.ruin_and_recreate:
-            self.best = self.found.note(self.eviction.improved(self.best))
-        # The bound gets less time where nothing fits yet: the rest is for the smallest budget.
-        self.bound = ClassBound(self.dag, self.budget, self.best, self.options)
-        self.bound.linear(self.started + (0.55 if fits else 0.3) * self.span, self._enough(fits))
-        fits = self._repaired(0)
-        known = len(self.bound.starts)
-        self.bound.whole(self.started + 0.2 * self.span, self._enough(fits), self.best)
-        if self.bound.seconds == float("inf") and not fits:
-            self.found.proven.above(self.budget)
-            self._ended()
-            return self._nothing()
-        if not (self._repaired(known) or self._lowered()):
-            self._ended()
-            return self._nothing()
-        self.report("bounded and improved", seconds(self.dag, self.best), self.bound.seconds)
-        stalled = self._closed()
-        if self.left() > EXACT:
-            self._ended()
+        """A schedule that fits and a bound, then rounds that close the gap between them."""
+        ended, stalled = True, False
+        try:
+            stalled = self._closed()
+            while not self.any_bound.ended:
+                self.any_bound.rise(self.cutoff)
+        except TimeoutError:
+            ended = False
         return GraphOutcome(
-            carried=carry(self.dag, self.best),
-            bound_seconds=self.bound.seconds,
-            timely=self.found.timely,
+            carried=carry(self.dag, self.best) if self.fits else None,
+            bound_seconds=self.proven if self.fits else self.dag.once_seconds,
+            deterministic=ended,
             stalled=stalled,
         )
 
-    def _ended(self) -> None:
-        """Record whether a time limit ended any part of the search."""
-        self.found.ended(self.bound.timely, self.eviction.timely, self.near.timely)
+    def _closed(self) -> bool:
+        """Search until the gap is closed as far as it will be; whether it was given up before that. Raises TimeoutError
+        where the cutoff strikes.
 
-    def _nothing(self) -> GraphOutcome:
-        """Where no schedule fits, or none was found."""
-        return GraphOutcome(carried=None, bound_seconds=self.dag.once_seconds, timely=self.found.timely)
+        Rounds of twice the work each follow each other until the gap is `NEAR`; below that only as long as one leaves
+        at most half of it.
+        """
+        self._evict(self.found.seeds(self.budget))
+        self.found.chained(self.budget, self.cutoff)
+        self._evict([self.found.fastest(self.budget)])
+        self.cutoff.check()
+        if self.fits:
+            self.report("fits", seconds(self.dag, self.best), self.proven)
+        else:
+            evict(self.found, self.cutoff)
+            self.best = self.found.lowest()
+        self.any_bound.rise(self.cutoff)
+        if self.options.exact and self.dag.operators <= EXACT_OPERATORS and self._solved():
+            return False
+        if self.fits and self.options.ruin_and_recreate:
+            self.best = self.found.note(self.eviction.improved(self.best, IMPROVED))
+        self.cutoff.check()
+        self.bound = ClassBound(self.dag, self.budget, self.best, self.options)
+        work = FIRST_WORK
+        while (before := self.left()) > self.gap:
+            work = max(work, NEAR_WORK) if before <= NEAR else work
+            lowest = self._round(self.bound, work)
+            if not self.fits and self._nothing_fits():
+                return False
+            if before <= NEAR:
+                if self.left() > GAINED * before:
+                    return True
+            elif self.left() >= before and lowest and self.bound.ended and self._still:
+                return True
+            work *= 2
+        return False
 
-    def _proven(self) -> bool:
+    @property
+    def _still(self) -> bool:
+        """Whether improving the schedule has come to nothing."""
+        return self.near.stalled or not self.options.polishing
+
+    def _solved(self) -> bool:
         """Whether one program over the whole class finds the fastest schedule that fits, and proves it."""
         dag = self.dag
         places = [(stage, i) for stage in range(len(dag)) for i in range(stage) if dag.recomputable[i]]
-        left = 0.5 * (self.ends - time.monotonic())
-        try:
-            solved = Subproblem(dag, self.budget, self.best, 0, len(dag), places, seconds=left).solve()
-        except TimeoutError:
+        solved = Subproblem(dag, self.budget, self.best, 0, len(dag), places, self.cutoff).solve(EXACT_WORK)
+        if solved.reruns is not None:
+            self.best = self.found.note(solved.reruns)
+        self.cutoff.check()
+        if not (solved.ended and self.fits):
             return False
-        self.best = self.found.note(self.best if solved.reruns is None else solved.reruns)
-        return solved.ended and self.found.peaks[self.best] <= self.budget
-
-    def _enough(self, fits: bool) -> float:
-        """Seconds at which a bound is near enough."""
-        return seconds(self.dag, self.best) * (1 - max(self.gap, NEAR)) if fits else float("inf")
-
-    def _evicted(self, seeds: Iterable[frozenset[Rerun]]) -> bool:
-        """Whether a schedule fits, of which eviction from `seeds` finds the fastest."""
-        reruns = self.eviction.fastest(seeds)
-        if reruns is None:
-            return False
-        self.best = self.found.note(reruns)
+        self.exact_bound = max(dag.once_seconds, seconds(dag, self.best) - BETTER * dag.once_seconds)
         return True
 
-    def _repaired(self, known: int) -> bool:
-        """Whether a schedule fits, once the bound's answers after the first `known` are looked at as well: they exceed
-        the budget between moments, and repaired by eviction they are often the best schedules found.
+    def _nothing_fits(self) -> bool:
+        """Whether that is proven."""
+        if self.proven == float("inf"):
+            self.found.proven.above(self.budget)
+        return self.found.proven.lowest_bytes > self.budget or self.any_bound.seconds == float("inf")
+
+    def _evict(self, seeds: Iterable[frozenset[Rerun]], work: float = float("inf")) -> None:
+        """Take the fastest schedule that eviction makes of `seeds` in `work` units, if one fits."""
+        reruns = self.eviction.fastest(seeds, work)
+        if reruns is not None:
+            self.best = self.found.note(reruns)
+
+    def _round(self, bound: ClassBound, work: float) -> bool:
+        """Raise the bound, repair its answers and improve the schedule. They help each other: a better schedule cuts
+        down the integer programs, and their answers are schedules to start from. Returns whether the search for the
+        lowest peak has ended, without which a budget that nothing fits yet is not given up.
         """
-        share = 0.075 if self.bound.small else 0.1
-        self.eviction.deadline = min(time.monotonic() + share * self.span, self.ends)
-        # Later programs give better answers, so these come first.
-        return self._evicted([self.best, *reversed(self.bound.starts[known:])])
-
-    def _lowered(self) -> bool:
-        """Whether a schedule fits that is found from the one of lowest peak, where eviction finds none."""
-        least = self.found.lowest_peak(min(LOWEST_SHARE * self.span, max(0.0, self.ends - time.monotonic())))
-        if least.bytes > self.budget:
-            return False
-        now = time.monotonic()
-        until = min(max(self.started + 0.55 * self.span, now + 0.07 * self.span), self.ends)
-        self.best = self.found.note(self.near.polished(self.found.lowest(), deadline=until, enough=float("inf")))
-        return self.found.peaks[self.best] <= self.budget
-
-    def _closed(self) -> bool:
-        """Close the gap as far as possible; whether this was given up before the time was over.
-
-        The time is used until the gap is `NEAR`. From there on one attempt has as much time as everything before it
-        took, and another follows only if it halved the gap at least. So where the last bit cannot be proven, planning
-        takes a little more than twice as long, and not all of its time limit.
-        """
-        near = max(self.gap, NEAR)
-        if self.left() > near:
-            self._attempt(self.ends, near)
-        while self.gap < (before := self.left()) <= near:
-            now = time.monotonic()
-            if now > self.ends:
-                self.found.ended(False)
-                return False
-            self._attempt(min(self.ends, now + max(ATTEMPT_SECONDS, now - self.started)), self.gap)
-            if self.left() > GAINED * before:
-                return True
-        return False
-
-    def _attempt(self, deadline: float, gap: float) -> None:
-        """Improve the schedule by large-neighbourhood search and the bound by integer programs, until they are within
-        `gap`.
-
-        The two help each other: a better schedule cuts down the integer programs, and their answers are schedules to
-        start from.
-        """
-        began = time.monotonic()
-        left = deadline - began
-        if self.bound.small:
-            self._polish(began + 0.3 * left, gap)
-            known = len(self.bound.starts)
-            self.bound.whole(began + 0.75 * left, seconds(self.dag, self.best) * (1 - gap), self.best)
-            if self.bound.starts[known:]:
-                self._repaired(known)
-        self._polish(deadline, gap)
-        self.report("improved and bounded", seconds(self.dag, self.best), self.bound.seconds)
-
-    def _polish(self, deadline: float, gap: float) -> None:
-        if not self.options.polishing:
-            return
-        enough = self.bound.seconds / (1 - gap)
-        self.best = self.found.note(self.near.polished(self.best, deadline=deadline, enough=enough))
+        target = self.gap if self.left() <= max(self.gap, NEAR) else max(self.gap, NEAR)
+        for whole in (False, True):
+            known = len(bound.starts)
+            enough = seconds(self.dag, self.best) * (1 - target) if self.fits else float("inf")
+            if whole:
+                bound.whole(work, enough, self.best, self.cutoff)
+            else:
+                bound.linear(work, enough, self.cutoff)
+            if bound.starts[known:]:
+                # The answers exceed the budget between moments. Later programs give better ones.
+                self._evict([self.best, *reversed(bound.starts[known:])], REPAIRED * work)
+            self.cutoff.check()
+        lowest = True
+        if not self.fits and not self._nothing_fits():
+            lowest = self.found.lowest_peak(work, self.cutoff).ended
+            self.best = self.found.lowest()
+        if self.options.polishing:
+            enough = self.proven / (1 - target) if self.fits else float("inf")
+            for better in self.near.polished(self.best, work, enough):
+                self.best = self.found.note(better)
+        self.report("improved and bounded", seconds(self.dag, self.best) if self.fits else float("inf"), self.proven)
+        self.any_bound.rise(self.cutoff)
+        return lowest

@@ -4,10 +4,12 @@ models.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 
-from tightfit.planner.graphs.bounds.bound import Bound, ClassBound, any_schedule_bound
+from tightfit.planner.cutoff import Clock, Cutoff
+from tightfit.planner.graphs.bounds.bound import AnyBound, ClassBound
 from tightfit.planner.graphs.graph_budget_search import GraphBudgetSearch
 from tightfit.planner.graphs.incumbents import Incumbents, ProvenPeaks
 from tightfit.planner.graphs.move_search import MoveSearch, with_everything_moved
@@ -35,9 +37,9 @@ PRICED_OPERATORS = 32
 """number of operators up to which `GraphPlanner.bound`, from which the value of memory is computed, is exact: nearly
 all such graphs are solved within a second or two
 """
+PRICED_WORK = 10.0
+"""units of work of its integer programs"""
 NEIGHBOUR_SHARE = 10
-ANY_SHARE = 0.1
-"""share of the time limit for the bound that holds for any schedule"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class Known:
     """A schedule that an earlier call found."""
 
     carried: Carried
-    timely: bool
-    """whether no time limit ended any search that it depends on"""
+    deterministic: bool
+    """whether no time limit cut any search that it depends on"""
 
 
 class GraphPlanner:
@@ -54,9 +56,9 @@ class GraphPlanner:
     schedule that fits, that is the plan.
     """
 
-    def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
-        self.profile = profile
-        self.options = options
+    def __init__(self, profile: Profile, options: SearchOptions = ALL, now: Clock = time.monotonic) -> None:
+        """`now`: the clock by which time limits are kept."""
+        self.profile, self.options, self.now = profile, options, now
         self.dag = dag_of(profile)
         self.floor_bytes = self.dag.floor_bytes
         self.keep_all_bytes = peak_bytes(self.dag, ())
@@ -67,8 +69,8 @@ class GraphPlanner:
         self._known: list[Known] = []
         self._least: tuple[LowestPeak, float] | None = None
         """the schedule of lowest peak, and the time limit that it was searched for under"""
-        self._any_bounds: dict[int, tuple[Bound, float]] = {}
-        """budget -> (bound, seconds that its computation was given)"""
+        self._any_bounds: dict[int, AnyBound] = {}
+        """by budget"""
 
     @property
     def lowest_bytes(self) -> int:
@@ -111,40 +113,30 @@ class GraphPlanner:
                 lambda limit: self.plan(budget_bytes, policy=policy, time_limit=limit, gap=gap, progress=progress),
                 progress,
             )
-        budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
-        started = time.monotonic()
-        deadline = started + time_limit
-        found = Incumbents(self.dag, self._proven, self.options)
+        budget, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
+        cutoff = Cutoff(time_limit, self.now)
+        found, any_bound = Incumbents(self.dag, self._proven, self.options), self._any_bound(budget)
         name = policy or "solver"
         self.interrupted = False
         if name == "solver":
-            report = _report(progress, started)
-            outcome, any_bound = self._searched(found, budget_bytes, max(EXACT, gap), time_limit, deadline, report)
+            outcome = self._searched(found, budget, any_bound, max(EXACT, gap), cutoff, _report(progress, cutoff))
         else:
-            outcome, any_bound = self._by_rule(budget_bytes, name, time_limit)
+            outcome = self._by_rule(budget, any_bound, name, cutoff)
         if outcome.carried is None:
-            least = self._lowest(name, found, deadline, time_limit)
-            if least.carried.peak_bytes > budget_bytes:
-                return infeasible(
-                    self.profile,
-                    self.dag,
-                    budget_bytes,
-                    name,
-                    least,
-                    any_bound,
-                    started,
-                    floor=self.floor_bytes,
-                    timely=outcome.timely,
-                )
-            outcome = replace(outcome, carried=least.carried, timely=outcome.timely and least.timely)
+            least = self._lowest(name, found, cutoff, time_limit)
+            if least.carried.peak_bytes > budget:
+                certain = outcome.deterministic
+                return infeasible(self.profile, self.dag, budget, name, least, any_bound, cutoff, deterministic=certain)
+            certain = outcome.deterministic and least.deterministic
+            outcome = replace(outcome, carried=least.carried, deterministic=certain)
         return finished(
             self.profile,
             self.dag,
-            budget_bytes,
+            budget,
             name,
             outcome,
             any_bound,
-            started,
+            cutoff,
             asked=gap,
             interrupted=self.interrupted,
         )
@@ -159,105 +151,101 @@ class GraphPlanner:
         time_limit = checked_limit(time_limit)
         if self.floor_bytes > budget_bytes:
             return None
-        deadline = time.monotonic() + time_limit
         if self.keep_all_bytes <= budget_bytes:
             return self.dag.once_seconds
+        cutoff = Cutoff(time_limit, self.now)
         rule = Incumbents(self.dag, self._proven, self.options).fastest(budget_bytes)
         bound = ClassBound(self.dag, budget_bytes, rule)
-        bound.linear(deadline, float("inf"))
-        if self.dag.read is None and self.dag.operators <= PRICED_OPERATORS:
-            bound.whole(deadline, float("inf"), rule)
+        with contextlib.suppress(TimeoutError):
+            bound.linear(float("inf"), float("inf"), cutoff)
+            if self.dag.read is None and self.dag.operators <= PRICED_OPERATORS:
+                bound.whole(PRICED_WORK, float("inf"), rule, cutoff)
         return None if bound.seconds == float("inf") else bound.seconds
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
-        time_limit = checked_limit(time_limit)
-        started = time.monotonic()
-        deadline = started + (1 - ANY_SHARE) * time_limit
+        cutoff = Cutoff(checked_limit(time_limit), self.now)
         found = Incumbents(self.dag, self._proven, self.options)
-        least = self._lowest(policy or "solver", found, deadline, time_limit)
+        least = self._lowest(policy or "solver", found, cutoff, time_limit)
         budget = least.carried.peak_bytes
-        any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
-        outcome = GraphOutcome(carried=least.carried, bound_seconds=any_bound.seconds, timely=least.timely)
-        return finished(self.profile, self.dag, budget, policy or "solver", outcome, any_bound, started)
+        any_bound = self._any_bound(budget)
+        ended = self._raised(any_bound, cutoff) and least.deterministic
+        outcome = GraphOutcome(carried=least.carried, bound_seconds=any_bound.seconds, deterministic=ended)
+        return finished(self.profile, self.dag, budget, policy or "solver", outcome, any_bound, cutoff)
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = TIME_LIMIT) -> int:
         """The smallest budget, in bytes, for which `plan` finds a plan."""
-        time_limit = checked_limit(time_limit)
+        cutoff = Cutoff(checked_limit(time_limit), self.now)
         found = Incumbents(self.dag, self._proven, self.options)
-        return self._lowest(policy or "solver", found, time.monotonic() + time_limit, time_limit).carried.peak_bytes
+        return self._lowest(policy or "solver", found, cutoff, time_limit).carried.peak_bytes
 
     def any_bound(self, budget: int, *, seconds: float) -> float:
         """A lower bound on the seconds of any schedule at all within `budget` bytes, computed within `seconds`;
         infinity: none fits.
         """
-        return self._any_bound(budget, seconds).seconds
+        bound = self._any_bound(budget)
+        self._raised(bound, Cutoff(seconds, self.now))
+        return bound.seconds
 
-    def _any_bound(self, budget: int, seconds: float) -> Bound:
-        if self.keep_all_bytes <= budget:
-            return Bound(seconds=self.dag.once_seconds)
-        if self.floor_bytes > budget:
-            return Bound(seconds=float("inf"))
-        known, given = self._any_bounds.get(budget, (None, 0.0))
-        if known is None or (not known.timely and seconds > given):
-            bound = any_schedule_bound(self.dag, budget, seconds=seconds)
-            if known is not None and not bound.timely:
-                bound = replace(bound, seconds=max(known.seconds, bound.seconds))
-            known = bound
-            self._any_bounds[budget] = bound, seconds
-        return known
+    def _any_bound(self, budget: int) -> AnyBound:
+        """The bound for any schedule, as far as it has been raised."""
+        if budget not in self._any_bounds:
+            self._any_bounds[budget] = AnyBound(self.dag, budget)
+        return self._any_bounds[budget]
 
-    def _by_rule(self, budget: int, policy: str, time_limit: float) -> tuple[GraphOutcome, Bound]:
-        """The schedule of a fixed rule where it fits, and the bound for any schedule."""
+    @staticmethod
+    def _raised(bound: AnyBound, cutoff: Cutoff) -> bool:
+        """Raise the bound to its end; whether it got there."""
+        with contextlib.suppress(TimeoutError):
+            while not bound.ended:
+                bound.rise(cutoff)
+        return bound.ended
+
+    def _by_rule(self, budget: int, any_bound: AnyBound, policy: str, cutoff: Cutoff) -> GraphOutcome:
+        """The schedule of a fixed rule where it fits, with the bound for any schedule."""
         carried = carry(self.dag, rule_reruns(self.dag, policy))
-        fits = carried.peak_bytes <= budget
-        any_bound = Bound(seconds=self.dag.once_seconds, timely=False)
+        fits, ended = carried.peak_bytes <= budget, False
         try:
-            any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
+            ended = self._raised(any_bound, cutoff)
         except KeyboardInterrupt:
             if not fits:
                 raise
             self.interrupted = True
-        return GraphOutcome(carried=carried if fits else None, bound_seconds=any_bound.seconds), any_bound
+        return GraphOutcome(carried=carried if fits else None, bound_seconds=any_bound.seconds, deterministic=ended)
 
     def _searched(
-        self, found: Incumbents, budget: int, gap: float, time_limit: float, deadline: float, report: Report
-    ) -> tuple[GraphOutcome, Bound]:
-        """The fastest schedule that fits, of this search, also where Ctrl-C ends it, and of those before it; and the
-        bound for any schedule.
-        """
-        any_bound = Bound(seconds=self.dag.once_seconds, timely=False)
+        self, found: Incumbents, budget: int, any_bound: AnyBound, gap: float, cutoff: Cutoff, report: Report
+    ) -> GraphOutcome:
+        """The fastest schedule that fits, of this search, also where Ctrl-C ends it, and of those before it."""
         try:
-            any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
-            outcome = self._solve(found, budget, gap, time_limit, deadline, report)
+            outcome = self._solve(found, budget, any_bound, gap, cutoff, report)
         except KeyboardInterrupt:
             self.interrupted = True
-            outcome = GraphOutcome(carried=found.best(budget), bound_seconds=any_bound.seconds, timely=False)
+            outcome = GraphOutcome(carried=found.best(budget), bound_seconds=any_bound.seconds, deterministic=False)
         if outcome.carried is not None:
-            self._known.append(Known(carried=outcome.carried, timely=outcome.timely))
+            self._known.append(Known(carried=outcome.carried, deterministic=outcome.deterministic))
         fitting = [known for known in self._known if known.carried.peak_bytes <= budget]
         best = min(fitting, key=lambda known: known.carried.seconds, default=None)
         if best is not None and (outcome.carried is None or best.carried.seconds < outcome.carried.seconds):
-            outcome = replace(outcome, carried=best.carried, timely=outcome.timely and best.timely)
+            certain = outcome.deterministic and best.deterministic
+            outcome = replace(outcome, carried=best.carried, deterministic=certain)
         if self.interrupted and best is None:
             raise KeyboardInterrupt
-        return outcome, any_bound
+        return outcome
 
     def _solve(
-        self, found: Incumbents, budget: int, gap: float, time_limit: float, deadline: float, report: Report
+        self, found: Incumbents, budget: int, any_bound: AnyBound, gap: float, cutoff: Cutoff, report: Report
     ) -> GraphOutcome:
         """Search at one budget until `gap` is reached, or until it is proven that nothing fits."""
         dag, once = self.dag, self.dag.once_seconds
         if self.keep_all_bytes <= budget:
             return GraphOutcome(carried=carry(dag, ()), bound_seconds=once)
         if self.lowest_bytes > budget:
-            return GraphOutcome(carried=None, bound_seconds=once)
-        started = deadline - time_limit
-        if dag.read is not None:
-            return MoveSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
-        return GraphBudgetSearch(found, budget, gap=gap, started=started, deadline=deadline, report=report).solve()
+            return GraphOutcome(carried=None, bound_seconds=once, deterministic=self._raised(any_bound, cutoff))
+        search = GraphBudgetSearch if dag.read is None else MoveSearch
+        return search(found, budget, any_bound, gap=gap, cutoff=cutoff, report=report).solve()
 
-    def _lowest(self, policy: str, found: Incumbents, deadline: float, limit: float) -> LowestPeak:
+    def _lowest(self, policy: str, found: Incumbents, cutoff: Cutoff, limit: float) -> LowestPeak:
         """The schedule with the lowest peak that `plan` can find. A search that the time limit cut is repeated under a
         larger `limit`, in seconds.
         """
@@ -267,24 +255,25 @@ class GraphPlanner:
         if self.dag.read is not None:
             everything = with_everything_moved(self.dag, self.floor_bytes)
             return LowestPeak(carried=everything, lowest_bytes=self.floor_bytes)
-        if self._least is None or not (self._least[0].timely or limit <= self._least[1]):
-            least = lowest_schedule(found, deadline)
-            self._known.append(Known(carried=least.carried, timely=least.timely))
+        if self._least is None or not (self._least[0].deterministic or limit <= self._least[1]):
+            least = lowest_schedule(found, cutoff)
+            self._known.append(Known(carried=least.carried, deterministic=least.deterministic))
             self._least = least, limit
         least, limit = self._least
         lower = min(self._known, key=lambda known: known.carried.peak_bytes)
         if lower.carried.peak_bytes < least.carried.peak_bytes:
-            least = replace(least, carried=lower.carried, timely=least.timely and lower.timely)
+            certain = least.deterministic and lower.deterministic
+            least = replace(least, carried=lower.carried, deterministic=certain)
         self._least = replace(least, lowest_bytes=self.lowest_bytes), limit
         return self._least[0]
 
 
-def _report(progress: SearchProgress | None, started: float) -> Report:
-    """What hands the state of a search to `progress`; `started` is on the monotonic clock."""
+def _report(progress: SearchProgress | None, cutoff: Cutoff) -> Report:
+    """What hands the state of a search to `progress`."""
 
     def report(stage: str, incumbent: float, bound: float) -> None:
         if progress is not None:
-            left, spent = gap_to(incumbent, bound), time.monotonic() - started
-            progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
+            left = gap_to(incumbent, bound) if incumbent < float("inf") else 1.0
+            progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": cutoff.elapsed})
 
     return report

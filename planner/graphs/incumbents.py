@@ -4,9 +4,9 @@ be.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
+from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.graphs.problem.actions import Carried, carry
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes, pruned, seconds
@@ -35,10 +35,10 @@ class ProvenPeaks:
         """Record that no schedule of the class fits `budget`."""
         self.lowest_bytes = max(self.lowest_bytes, budget + 1)
 
-    def lowest(self, seconds: float) -> Lowest:
+    def lowest(self, work: float, cutoff: Cutoff) -> Lowest:
         """`lowest_peak`, called again each time until its solver has finished once; the answer is remembered."""
         if self._lowest is None or not self._lowest.ended:
-            self._lowest = lowest_peak(self.dag, seconds=seconds)
+            self._lowest = lowest_peak(self.dag, work=work, cutoff=cutoff)
             self.lowest_bytes = max(self.lowest_bytes, self._lowest.bytes)
         return self._lowest
 
@@ -54,8 +54,6 @@ class Incumbents:
         """schedules and their peaks in bytes"""
         self.moved: list[Carried] = []
         """schedules with moves to the disk"""
-        self.timely = True
-        """whether no time limit ended any search that the schedules come from"""
         for rule in rules_for(dag):
             self.note(RULES[rule](dag))
         if options.sweep:
@@ -88,32 +86,24 @@ class Incumbents:
             fitting.append(carry(self.dag, reruns))
         return min(fitting, key=lambda carried: carried.seconds, default=None)
 
-    def ended(self, *timely: bool) -> None:
-        """Record for some searches whether they ended by their own rules and not by a time limit."""
-        self.timely = self.timely and all(timely)
-
     # --- where searches start --------------------------------------------------------------------------------------
 
-    def seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Schedules to start from: the fastest that fits, fixed rules, a sweep (`belady`), and a chain's optimal
-        checkpoints.
-        """
+    def seeds(self, budget: int) -> list[frozenset[Rerun]]:
+        """Schedules to start from: the fastest that fits, fixed rules, and a sweep (`belady`)."""
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
         sweep = belady_schedule(self.dag, budget) if self.options.sweep else frozenset()
         if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.peaks[frozenset()] - budget):
             seeds.append(sweep)
-        chain = as_chain(self.dag)
-        if chain is not None and self.options.chains:
-            half = (time.monotonic() + deadline) / 2
-            try:
-                self.note(checkpoints(self.dag, chain, budget, late=lambda: time.monotonic() > half) or ())
-            except TimeoutError:
-                self.ended(False)
         return [self.fastest(budget), *seeds]
 
-    def lowest_peak(self, seconds: float) -> Lowest:
-        """The lowest peak, as far as `seconds` suffice, its schedule noted."""
-        lowest = self.proven.lowest(seconds)
-        self.ended(lowest.ended)
+    def chained(self, budget: int, cutoff: Cutoff) -> None:
+        """Note a chain's optimal checkpoints."""
+        chain = as_chain(self.dag)
+        if chain is not None and self.options.chains:
+            self.note(checkpoints(self.dag, chain, budget, cutoff) or ())
+
+    def lowest_peak(self, work: float, cutoff: Cutoff) -> Lowest:
+        """The lowest peak, as far as `work` units suffice, its schedule noted."""
+        lowest = self.proven.lowest(work, cutoff)
         self.note(lowest.reruns or ())
         return lowest

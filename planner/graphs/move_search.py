@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 
-from tightfit.planner.graphs.bounds.bound import ClassBound
+from tightfit.planner.cutoff import Cutoff
+from tightfit.planner.graphs.bounds.bound import AnyBound, ClassBound
 from tightfit.planner.graphs.incumbents import Incumbents
 from tightfit.planner.graphs.plan_result import GraphOutcome, Report
 from tightfit.planner.graphs.problem.actions import Carried, carry, timed, touch_and_go, worth_moving
@@ -22,8 +23,12 @@ SHARES = (0.97, 0.93, 0.85, 0.7, 0.5, 0.3)
 """while the gap is open, schedules with moves are also searched for within these shares of the budget above the floor;
 transfers then use the rest
 """
-GRANTED = 0.025
-"""processor time for a first schedule that fits, as a share of the time limit"""
+EXACT_WORK = 10.0
+"""units of work of the exact solver"""
+IMPROVED = 2.0
+"""units of work of ruin and recreate, each time"""
+FIRST_WORK = 4.0
+"""units of work for a bound, before the schedules are improved"""
 NEAR = 1e-3
 """gap below which smaller shares are given up once one gains nothing"""
 
@@ -40,89 +45,121 @@ class MoveSearch:
     """One search, which starts from what is `found` and adds to it. It may stop at the gap `gap`."""
 
     def __init__(
-        self, found: Incumbents, budget: int, *, gap: float, started: float, deadline: float, report: Report
+        self, found: Incumbents, budget: int, any_bound: AnyBound, *, gap: float, cutoff: Cutoff, report: Report
     ) -> None:
-        """`started` and `deadline` are on the monotonic clock."""
         self.found = found
         self.dag = found.dag
         self.budget = budget
+        self.any_bound = any_bound
         self.gap = gap
-        self.started = started
-        self.span = deadline - started
-        self.deadline = deadline
+        self.cutoff = cutoff
         self.report = report
+        self.proven = self.dag.once_seconds
+        """lower bound in seconds on every schedule of the class"""
 
     def solve(self) -> GraphOutcome:
         """The exact solver for few operators, otherwise a search at each price, at ever smaller shares of the budget
         while the gap is open.
         """
-        dag, found, options = self.dag, self.found, self.found.options
-        proven = dag.once_seconds
-        if dag.operators <= exact_moves.OPERATORS and options.exact_moves:
-            seconds = max(0.0, 0.5 * (self.deadline - time.monotonic()))
-            solved = exact_moves.fastest_with_moves(dag, self.budget, seconds=seconds)
-            if solved.actions is not None:
-                found.moved.append(timed(dag, solved.actions))
-                if solved.proven:
-                    best = found.moved[-1]
-                    return GraphOutcome(carried=best, bound_seconds=min(best.seconds, solved.bound))
-            found.ended(solved.proven)
-            proven = solved.bound
-        plain: frozenset[Rerun] = frozenset()
-        prices = PRICES if options.prices else ONE_PRICE
-        for number, price in enumerate(prices, start=1):
-            ends = self.started + 0.7 * self.span * number / len(prices)
-            reruns = self._search(self.budget, price, ends, GRANTED * self.span, self.started + 0.8 * self.span)
-            if reruns is not None:
-                self.report("carried out", found.moved[-1].seconds, dag.once_seconds)
-            if price is None and reruns is not None:
-                plain = found.note(reruns)
         # With everything on the disk that can be, the peak is `floor_bytes`, so this schedule always fits.
-        found.moved.append(with_everything_moved(dag, self.budget))
-        bound = ClassBound(dag, self.budget, plain, options)
-        bound.linear(self.started + 0.85 * self.span, self._best().seconds)
-        proven = max(proven, bound.seconds)
-        stalled = self._shared(prices, proven) if options.shares else False
+        self.found.moved.append(with_everything_moved(self.dag, self.budget))
+        ended, stalled = True, False
+        try:
+            stalled = self._closed()
+            while not self.any_bound.ended:
+                self.any_bound.rise(self.cutoff)
+        except TimeoutError:
+            ended = False
+        best = self._best()
         return GraphOutcome(
-            carried=self._best(), bound_seconds=proven, timely=found.timely and bound.timely, stalled=stalled
+            carried=best, bound_seconds=min(best.seconds, self.proven), deterministic=ended, stalled=stalled
         )
 
     def _best(self) -> Carried:
         """The fastest schedule; all that the search finds fit the budget."""
         return min(self.found.moved, key=lambda carried: carried.seconds)
 
-    def _shared(self, prices: tuple[float | None, ...], proven: float) -> bool:
-        """Search within smaller shares of the budget while the gap is open; whether that was given up before the time
-        was over.
+    def _closed(self) -> bool:
+        """Search until the gap is closed as far as it will be; whether it was given up before that. Raises TimeoutError
+        where the cutoff strikes.
         """
-        ends = self.started + 0.95 * self.span
+        options = self.found.options
+        if self.dag.operators <= exact_moves.OPERATORS and options.exact_moves:
+            solved = exact_moves.fastest_with_moves(self.dag, self.budget, work=EXACT_WORK, cutoff=self.cutoff)
+            self.proven = max(self.proven, solved.bound)
+            if solved.actions is not None:
+                self.found.moved.append(timed(self.dag, solved.actions))
+            self.cutoff.check()
+            if solved.proven:
+                return False
+        prices = PRICES if options.prices else ONE_PRICE
+        searches = [self._searched(self.budget, price) for price in prices]
+        self.report("carried out", self._best().seconds, self.proven)
+        self.any_bound.rise(self.cutoff)
+        bound = ClassBound(self.dag, self.budget, self.found.fastest(self.budget), options)
+        self._raise(bound, FIRST_WORK)
+        for searched in searches:
+            self._improve(searched)
+        stalled = self._shared(prices) if options.shares else False
+        self._raise(bound, float("inf"))
+        return stalled
+
+    def _raise(self, bound: ClassBound, work: float) -> None:
+        try:
+            bound.linear(work, self._best().seconds, self.cutoff)
+        finally:
+            self.proven = max(self.proven, bound.seconds)
+
+    def _shared(self, prices: tuple[float | None, ...]) -> bool:
+        """Search within smaller shares of the budget while the gap is open; whether that was given up."""
         for share in SHARES:
             before = self._best().seconds
             within = self.dag.floor_bytes + int(share * (self.budget - self.dag.floor_bytes))
             for price in prices:
-                if gap_to(self._best().seconds, proven) <= self.gap or time.monotonic() > ends:
-                    break
-                self._search(within, price, ends, 0.0, ends)
-            if self._best().seconds >= before and gap_to(self._best().seconds, proven) <= NEAR:
-                return time.monotonic() <= ends
+                if gap_to(self._best().seconds, self.proven) <= self.gap:
+                    return False
+                self._improve(self._searched(within, price))
+            self.report("within less memory", self._best().seconds, self.proven)
+            if self._best().seconds >= before and gap_to(self._best().seconds, self.proven) <= NEAR:
+                return True
         return False
 
-    def _search(
-        self, within: int, price: float | None, deadline: float, granted: float, latest: float
-    ) -> frozenset[Rerun] | None:
-        """Search at one `price` of the disk for re-runs that fit `within` bytes; None: none were found. Their full
-        schedule, with transfers moved within the whole budget, is noted then.
+    def _searched(self, within: int, price: float | None) -> _Searched:
+        """Search at one `price` of the disk for re-runs that fit `within` bytes.
 
         The search does not count the memory that early fetches and late frees take: re-runs for fewer bytes leave more
         of it, and the schedule may be faster.
         """
         dag = self.dag
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
-        search = EvictionSearch(variant, within, deadline=deadline, granted=granted, latest=latest)
-        reruns = search.fastest(self.found.seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
-        if reruns is not None and self.found.options.ruin_and_recreate:
-            reruns = search.improved(reruns)
-        self.found.ended(search.timely)
+        if price is None:
+            self.found.chained(within, self.cutoff)
+        search = EvictionSearch(variant, within, self.cutoff)
+        reruns = search.fastest(self.found.seeds(within) if price is None else [(), touch_and_go(variant)])
         if reruns is not None:
-            self.found.moved.append(carry(variant, reruns, self.budget))
-        return reruns
+            self._note(variant, price, reruns)
+        self.cutoff.check()
+        return _Searched(search=search, price=price, reruns=reruns)
+
+    def _improve(self, searched: _Searched) -> None:
+        """Ruin and recreate what was found."""
+        if searched.reruns is not None and self.found.options.ruin_and_recreate:
+            better = searched.search.improved(searched.reruns, IMPROVED)
+            if better != searched.reruns:
+                self._note(searched.search.dag, searched.price, better)
+            self.cutoff.check()
+
+    def _note(self, variant: Dag, price: float | None, reruns: frozenset[Rerun]) -> None:
+        """Note the full schedule of the re-runs, with transfers moved within the whole budget."""
+        self.found.moved.append(carry(variant, reruns, self.budget))
+        if price is None:
+            self.found.note(reruns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Searched:
+    """A search at one price of the disk, which has found these re-runs; None: none that fit."""
+
+    search: EvictionSearch
+    price: float | None
+    reruns: frozenset[Rerun] | None

@@ -4,11 +4,11 @@ sets it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tightfit.planner.graphs.bounds.bound import Bound
+from tightfit.planner.cutoff import Cutoff
+from tightfit.planner.graphs.bounds.bound import AnyBound
 from tightfit.planner.graphs.problem.actions import Action, Carried, instructions
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.plan_result import answered, drafted, drafted_phase, too_small
@@ -30,12 +30,10 @@ class GraphOutcome:
     """the schedule; None: none was found that fits"""
     bound_seconds: float
     """lower bound on the seconds of every schedule of the class"""
-    timely: bool = True
-    """whether no time limit ended any search that it depends on"""
+    deterministic: bool = True
+    """whether no time limit cut any search that it depends on"""
     stalled: bool = False
-    """whether the search for a proof of optimality was given up before the time limit, since it made too little
-    progress
-    """
+    """whether the search for a proof of optimality was given up, since it made too little progress"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class LowestPeak:
     """of a rule its own peak; of the solver a lower bound on the peak of schedules with first runs and re-runs in this
     order
     """
-    timely: bool = True
+    deterministic: bool = True
     """as of `GraphOutcome`"""
 
 
@@ -57,32 +55,31 @@ def infeasible(
     budget: int,
     policy: str,
     least: LowestPeak,
-    any_bound: Bound,
-    started: float,
+    any_bound: AnyBound,
+    cutoff: Cutoff,
     *,
-    floor: int,
-    timely: bool,
+    deterministic: bool,
 ) -> Plan:
     """The answer where no schedule was found that fits `budget`: it states the smallest plan's peak, and why it is not
     lower.
 
-    `floor`: a lower bound in bytes on the peak of any schedule, whatever its order; `started`: on the monotonic clock.
+    `deterministic`: whether no time limit cut the search.
     """
     told = _assembled(profile, dag, least.carried.peak_bytes, policy, least.carried)
     simulation = simulate(told)
     peak = simulation.train.peak
     largest = ", ".join(list(peak.tensors)[:3])
-    known = _known(budget, policy, least, nothing=budget < floor or any_bound.seconds == float("inf"), floor=floor)
+    known = _known(budget, policy, least, nothing=any_bound.seconds == float("inf"), floor=dag.floor_bytes)
     reason = f"the smallest plan peaks at {peak.text} with {largest} live ({known}); a smaller batch lowers it"
     return too_small(
         told,
         budget,
         minimum_bytes=simulation.peak_bytes,
-        bound_bytes=max(least.lowest_bytes, floor, budget + 1 if any_bound.seconds == float("inf") else 0),
+        bound_bytes=max(least.lowest_bytes, dag.floor_bytes, budget + 1 if any_bound.seconds == float("inf") else 0),
         reason=reason,
         any_bound=any_bound.seconds,
-        solve_seconds=time.monotonic() - started,
-        deterministic=timely and least.timely and any_bound.timely,
+        solve_seconds=cutoff.elapsed,
+        deterministic=deterministic and least.deterministic,
     )
 
 
@@ -96,7 +93,7 @@ def _known(budget: int, policy: str, least: LowestPeak, *, nothing: bool, floor:
         return "no schedule has a lower peak"
     if least.carried.peak_bytes <= least.lowest_bytes:
         return "no schedule with first runs and re-runs in this order has a lower peak"
-    found = "the smallest found" if least.timely else "the smallest found before the time limit"
+    found = "the smallest found" if least.deterministic else "the smallest found before the time limit"
     if nothing:
         return f"{found}; surely no schedule fits {format_size(budget)}"
     if least.lowest_bytes > budget:
@@ -110,8 +107,8 @@ def finished(
     budget: int,
     policy: str,
     outcome: GraphOutcome,
-    any_bound: Bound,
-    started: float,
+    any_bound: AnyBound,
+    cutoff: Cutoff,
     *,
     asked: float = 0.0,
     interrupted: bool = False,
@@ -126,8 +123,8 @@ def finished(
         simulation,
         bound_seconds=max(outcome.bound_seconds, any_bound.seconds),
         any_bound=any_bound.seconds,
-        solve_seconds=time.monotonic() - started,
-        deterministic=outcome.timely and any_bound.timely,
+        solve_seconds=cutoff.elapsed,
+        deterministic=outcome.deterministic,
         asked=asked,
         stalled=outcome.stalled,
         interrupted=interrupted,

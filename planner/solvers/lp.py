@@ -86,6 +86,8 @@ class Solution:
     """lower bound on the objective of every feasible point"""
     optimal: bool
     infeasible: bool
+    iterations: int = 0
+    """of the simplex method"""
 
 
 class LinearProgram:
@@ -158,6 +160,7 @@ class LinearProgram:
             bound=float(result.termination.objective_bounds.dual_bound),
             optimal=reason == mathopt.TerminationReason.OPTIMAL,
             infeasible=reason == mathopt.TerminationReason.INFEASIBLE,
+            iterations=result.solve_stats.simplex_iterations,
         )
 
     def bounds(self, variable: int, lower: float, upper: float) -> None:

@@ -10,15 +10,14 @@ the budget. All answers, rounded to schedules, are starting points for the searc
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.bounds.cut_generation import CutGeneration, apart
 from tightfit.planner.graphs.bounds.lp_bound import LpAnswer, Path, solve_lp
 from tightfit.planner.graphs.bounds.milp_bound import solve_milp
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.problem.schedule import Rerun, memory, runs
+from tightfit.planner.graphs.problem.schedule import Rerun, memory, peak_bytes, runs
 from tightfit.planner.search_options import ALL, SearchOptions
 
 ANY_MOMENTS = (1, 2, 4, 8)
@@ -31,21 +30,14 @@ budget
 """
 FEW = (4, 8)
 """moments of the integer programs that are tried first: so few that they are often solved to optimality..."""
-FEW_SHARE = 0.1
-"""...in this share of the remaining time, which is the limit of each"""
+FEW_WORK = 0.5
+"""...in so many units of work each"""
 SOLVED = 4000
-"""operators times moments up to which an integer program ends within a minute"""
+"""operators times moments up to which integer programs are of use"""
 HARDER = 2
-"""an integer program with more moments takes at least this many times as long as the one before it"""
+"""an integer program with more moments takes at least this many times the work of the one before it"""
 REFINED = 1
 """moments added to an integer program in one round: each makes it harder"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    seconds: float
-    timely: bool = True
-    """whether the clock left room for all that was to be tried, and every program was solved to its end"""
 
 
 def path_pivots(dag: Dag, count: int) -> list[int]:
@@ -67,27 +59,33 @@ def path_pivots(dag: Dag, count: int) -> list[int]:
     return sorted({path[(2 * k + 1) * len(path) // (2 * count)] for k in range(count)})
 
 
-def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
-    """A lower bound on the seconds of any schedule within `budget_bytes`, whatever it reorders; infinity where none
-    fits.
-
-    `seconds` limit the work.
+class AnyBound:
+    """A lower bound on the seconds of any schedule within `budget` bytes, whatever it reorders, which `rise` raises;
+    infinity where none fits.
     """
-    deadline = time.monotonic() + seconds
-    best = dag.once_seconds
-    timely = True
-    for count in ANY_MOMENTS:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            timely = False
-            break
-        pivots = path_pivots(dag, count)
-        answer = solve_lp(dag, budget_bytes, pivots, any_order=True, seconds=left)
-        timely = timely and answer.solved
-        best = max(best, answer.bound_seconds)
-        if len(pivots) < count or best == float("inf"):
-            break
-    return Bound(seconds=best, timely=timely)
+
+    def __init__(self, dag: Dag, budget: int) -> None:
+        self.dag = dag
+        self.budget = budget
+        self.seconds = dag.once_seconds if dag.floor_bytes <= budget else float("inf")
+        open_ = dag.floor_bytes <= budget < peak_bytes(dag, ())
+        self._waiting = list(ANY_MOMENTS) if open_ else []
+
+    @property
+    def ended(self) -> bool:
+        """Whether no program is left to solve."""
+        return not self._waiting
+
+    def rise(self, cutoff: Cutoff = NEVER) -> None:
+        """Solve one program more, with more moments. Raises TimeoutError where `cutoff` strikes."""
+        if not self._waiting:
+            return
+        pivots = path_pivots(self.dag, self._waiting[0])
+        answer = solve_lp(self.dag, self.budget, pivots, any_order=True, cutoff=cutoff)
+        self.seconds = max(self.seconds, answer.bound_seconds)
+        count = self._waiting.pop(0)
+        if len(pivots) < count or self.seconds == float("inf"):
+            self._waiting.clear()
 
 
 class ClassBound:
@@ -102,73 +100,80 @@ class ClassBound:
         self.dag = dag
         self.options = options
         self.budget = budget_bytes
-        self.seconds = dag.once_seconds
-        self.timely = True
-        """whether the clock left room for all that was to be tried"""
-        self.starts: list[frozenset[Rerun]] = []
+        self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST), options)
+        self.starts = self._climb.starts
         """the programs' answers as schedules, which may exceed the budget between moments: starting points for a
         search; the last are the best
         """
-        self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST), options)
+        self._proven = dag.once_seconds
+        """the bound of the integer programs"""
         self._few = list(FEW) if options.few_moments else []
-        self._pivots = self._climb.pivots
+        self._pivots: tuple[int, ...] | None = None
+        """moments of the next integer program; None: those of the best linear program"""
         self._crowded: frozenset[Rerun] = frozenset()
-        self._ended = False
+        self._ended = not options.refined
         """whether no integer program is to be solved any more: the last one's schedule suggests no further moment or
-        crowded run, or the linear programs ran out of time
+        crowded run, or there are too many moments
         """
 
     @property
-    def small(self) -> bool:
-        """Whether the best linear program is small enough to be solved with 0/1 variables."""
-        return len(self.dag) * len(self._pivots) <= SOLVED
+    def seconds(self) -> float:
+        """The bound."""
+        return max(self._climb.best, self._proven)
 
-    def linear(self, deadline: float, enough: float) -> None:
-        """Solve linear programs as long as they raise the bound, until `deadline` at most."""
-        self.timely = self._climb.climb(deadline, enough)
-        # While linear programs still raise the bound, they do so faster than integer programs: these are skipped then.
-        self._ended = not self.timely
-        self.seconds = self._climb.best
-        self.starts.extend(self._climb.starts)
-        self._pivots = self._climb.pivots
+    @property
+    def ended(self) -> bool:
+        """Whether no work raises the bound any more."""
+        return self._climb.ended and not self._few and self._ended
 
-    def whole(self, deadline: float, enough: float, reruns: frozenset[Rerun]) -> None:
-        """Solve integer programs: first those of few moments, at which the schedule `reruns` nearly fills the budget,
-        then the best linear program's, refined round by round. A later call goes on where the one before stopped.
+    def linear(self, work: float, enough: float, cutoff: Cutoff = NEVER) -> None:
+        """Solve linear programs as long as they raise the bound, in `work` units."""
+        self._climb.climb(work, enough, cutoff)
+
+    def whole(self, work: float, enough: float, reruns: frozenset[Rerun], cutoff: Cutoff = NEVER) -> None:
+        """Solve integer programs in `work` units: first those of few moments, at which the schedule `reruns` nearly
+        fills the budget, then the best linear program's, refined round by round. A later call goes on where the one
+        before stopped.
+
+        While linear programs still raise the bound, they do so with less work: then this does nothing.
         """
-        while self._few and self.seconds < enough and not self._ended:
-            pivots = _shortest(self.dag, self.budget, reruns, self._few.pop(0))
-            self._solve(pivots, enough, FEW_SHARE * (deadline - time.monotonic()))
-        spent = 0.0
-        while self.options.refined and self.seconds < enough and not self._ended:
-            began = time.monotonic()
-            if deadline - began <= HARDER * spent:
-                self.timely = False
+        if not self._climb.ended:
+            return
+        while self._few and self.seconds < enough:
+            self._solve(_shortest(self.dag, self.budget, reruns, self._few.pop(0)), enough, FEW_WORK, cutoff)
+        latest = 0.0
+        while self.seconds < enough and not self._ended and work > HARDER * latest:
+            pivots = self._climb.pivots if self._pivots is None else self._pivots
+            if len(self.dag) * len(pivots) > SOLVED:
+                self._ended = True
                 break
-            paths, crowded = self._climb.paths, self._crowded
-            answer = self._solve(self._pivots, enough, deadline - began, paths=paths, crowded=sorted(crowded))
-            spent = time.monotonic() - began
+            crowded = self._crowded
+            answer = self._solve(pivots, enough, work, cutoff, paths=self._climb.paths, crowded=sorted(crowded))
+            latest = answer.work
+            work -= latest
             if not answer.solved or not answer.reruns:
                 break
-            finer = _refined(self.dag, self.budget, self._pivots, crowded, answer.reruns[0])
+            finer = _refined(self.dag, self.budget, pivots, crowded, answer.reruns[0])
             if not self.options.crowded:
                 finer = finer[0], crowded
-            self._ended = finer == (self._pivots, crowded)
+            self._ended = finer == (pivots, crowded)
             self._pivots, self._crowded = finer
 
     def _solve(
         self,
         pivots: tuple[int, ...],
         enough: float,
-        seconds: float,
+        work: float,
+        cutoff: Cutoff,
         *,
         paths: Sequence[Path] = (),
         crowded: Sequence[Rerun] = (),
     ) -> LpAnswer:
-        answer = solve_milp(self.dag, self.budget, pivots, seconds=seconds, paths=paths, crowded=crowded, most=enough)
-        self.seconds = max(self.seconds, answer.bound_seconds)
+        answer = solve_milp(
+            self.dag, self.budget, pivots, work=work, cutoff=cutoff, paths=paths, crowded=crowded, most=enough
+        )
+        self._proven = max(self._proven, answer.bound_seconds)
         self.starts.extend(answer.reruns)
-        self.timely = self.timely and answer.solved
         return answer
 
 

@@ -6,7 +6,6 @@ runs and holds its operators only in parts, in a way that no whole schedule does
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -14,7 +13,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from tightfit.planner.graphs.bounds.lp_bound import Fractions, Parts, Path, solve_lp
+from tightfit.planner.cutoff import NEVER, Cutoff
+from tightfit.planner.graphs.bounds.lp_bound import Fractions, LpAnswer, Parts, Path, solve_lp
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun
 from tightfit.planner.search_options import ALL, SearchOptions
@@ -139,52 +139,53 @@ class CutGeneration:
         """its paths whose dual price is above 0"""
         self.starts: list[frozenset[Rerun]] = []
         """the answers of all programs, rounded to schedules"""
+        self.ended = False
+        """whether the bound has stopped rising"""
+        self._next: tuple[tuple[int, ...], tuple[Path, ...]] = pivots, ()
+        """moments and paths of the program to be solved next"""
+        self._idle = dict.fromkeys(pivots, 0)
+        """moment -> programs in a row in which its dual price was 0"""
+        self._bests: list[float] = []
 
-    def climb(self, deadline: float, enough: float) -> bool:
-        """Solve programs until the bound reaches `enough` seconds or stops rising; False where
-        `deadline` ended that.
+    def climb(self, work: float, enough: float, cutoff: Cutoff = NEVER) -> None:
+        """Solve programs until `work` units are done, the bound reaches `enough` seconds or it has stopped rising. A
+        later call goes on where this one stops. Raises TimeoutError where `cutoff` strikes.
         """
-        pivots, paths = self.pivots, self.paths
-        idle = dict.fromkeys(pivots, 0)
-        began = time.monotonic()
-        bests: list[float] = []
-        while self.best < enough:
-            now = time.monotonic()
-            spent, began = now - began, now
-            if deadline - now <= spent:
-                # The next round is expected to take about as long.
-                return False
-            answer = solve_lp(self.dag, self.budget, pivots, any_order=False, seconds=deadline - now, paths=paths)
+        while work > 0.0 and self.best < enough and not self.ended:
+            pivots, paths = self._next
+            answer = solve_lp(self.dag, self.budget, pivots, any_order=False, cutoff=cutoff, paths=paths)
+            work -= answer.work
             self.starts.extend(answer.reruns)
-            if not answer.solved:
-                return False
-            fractions = answer.fractions
-            if fractions is None:
-                # The program is infeasible, or has no variables.
-                self.best = max(self.best, answer.bound_seconds)
-                break
-            priced = [path for path, price in zip(paths, fractions.paths) if price > 0.0]
-            if answer.bound_seconds > self.best:
-                self.best, self.pivots, self.paths = answer.bound_seconds, pivots, tuple(priced)
-            if not self.options.cuts:
-                break
-            bests.append(self.best)
-            if len(bests) > STALLED and bests[-1] - bests[-1 - STALLED] <= RISE * (self.best - self.dag.once_seconds):
-                break
-            for pivot, price in zip(pivots, fractions.moments):
-                idle[pivot] = 0 if price > 0.0 else idle[pivot] + 1
-            over = bytes_over(self.dag, self.budget, pivots, fractions)
-            worst = np.argsort(-over, kind="stable")
-            added = apart(worst[over[worst] > OVER * self.budget].tolist(), ADDED)
-            followed = (
-                [] if self.dag.read is not None or not self.options.paths else violated(self.dag, pivots, fractions)
-            )
-            if not added and not followed:
-                break
-            idle |= dict.fromkeys(added, 0)
-            pivots = tuple(sorted({*(pivot for pivot in pivots if idle[pivot] < IDLE), *added}))
-            paths = tuple(path for path in dict.fromkeys([*priced, *followed]) if path.pivot in pivots)
-        return True
+            self.ended = not self._cut(answer, pivots, paths)
+
+    def _cut(self, answer: LpAnswer, pivots: tuple[int, ...], paths: tuple[Path, ...]) -> bool:
+        """Take up the answer to the program of these moments and paths; whether another one may raise the bound."""
+        fractions = answer.fractions
+        if fractions is None:
+            # The program is infeasible, or has no variables, or the solver failed.
+            self.best = max(self.best, answer.bound_seconds)
+            return False
+        priced = [path for path, price in zip(paths, fractions.paths) if price > 0.0]
+        if answer.bound_seconds > self.best:
+            self.best, self.pivots, self.paths = answer.bound_seconds, pivots, tuple(priced)
+        self._bests.append(self.best)
+        stalled = len(self._bests) > STALLED and (
+            self._bests[-1] - self._bests[-1 - STALLED] <= RISE * (self.best - self.dag.once_seconds)
+        )
+        if stalled or not self.options.cuts:
+            return False
+        idle = self._idle
+        for pivot, price in zip(pivots, fractions.moments):
+            idle[pivot] = 0 if price > 0.0 else idle[pivot] + 1
+        over = bytes_over(self.dag, self.budget, pivots, fractions)
+        worst = np.argsort(-over, kind="stable")
+        added = apart(worst[over[worst] > OVER * self.budget].tolist(), ADDED)
+        follows = self.dag.read is None and self.options.paths
+        followed = violated(self.dag, pivots, fractions) if follows else []
+        idle |= dict.fromkeys(added, 0)
+        pivots = tuple(sorted({*(pivot for pivot in pivots if idle[pivot] < IDLE), *added}))
+        self._next = pivots, tuple(path for path in dict.fromkeys([*priced, *followed]) if path.pivot in pivots)
+        return bool(added or followed)
 
 
 def apart(stages: Iterable[int], most: int) -> list[int]:

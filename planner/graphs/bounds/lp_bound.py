@@ -28,9 +28,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
+from tightfit.planner.graphs.problem.work import simplex
 from tightfit.planner.problem.layer_types import transfer_seconds
 from tightfit.planner.solvers.lp import Linear, LinearProgram, Solution
 
@@ -85,6 +86,8 @@ class LpAnswer:
     """the solution of a linear program that was solved to optimality"""
     solved: bool = True
     """whether the solver finished"""
+    work: float = 0.0
+    """units that building and solving took"""
 
 
 def solve_lp(
@@ -93,23 +96,18 @@ def solve_lp(
     pivots: Sequence[int],
     *,
     any_order: bool,
-    seconds: float,
+    cutoff: Cutoff = NEVER,
     paths: Sequence[Path] = (),
 ) -> LpAnswer:
     """The linear program's bound, with moments at `pivots`, which are sorted. `paths` may be given only for a fixed
-    order (`any_order` false) and a graph without a disk.
-
-    `seconds` limit building and solving; past them the bound is that of every operator run once.
+    order (`any_order` false) and a graph without a disk. Raises TimeoutError where `cutoff` strikes.
     """
-    try:
-        program = LpBound(dag, budget_bytes, pivots, any_order=any_order, limit=Limit(seconds))
-        if program.impossible:
-            return LpAnswer(bound_seconds=float("inf"))
-        for path in paths:
-            program.follow(path)
-        return program.solve()
-    except TimeoutError:
-        return LpAnswer(bound_seconds=dag.once_seconds, solved=False)
+    program = LpBound(dag, budget_bytes, pivots, any_order=any_order, cutoff=cutoff)
+    if program.impossible:
+        return LpAnswer(bound_seconds=float("inf"))
+    for path in paths:
+        program.follow(path)
+    return program.solve()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +123,11 @@ class LpBound:
     linear relaxation.
     """
 
-    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, limit: Limit) -> None:
-        """Raises TimeoutError where building takes too much of `limit`."""
+    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, cutoff: Cutoff) -> None:
+        """Raises TimeoutError where `cutoff` strikes."""
         self.dag = dag
         self.any_order = any_order
-        self.limit = limit
+        self.cutoff = cutoff
         self.pivots = list(pivots)
         self.windows = len(pivots) + 1
         self.program = LinearProgram()
@@ -150,10 +148,10 @@ class LpBound:
         # (30) a pivot's inputs live at its moment
         self.pinned = {(i, k + 1) for k, pivot in enumerate(pivots) for i in dag.inputs[pivot]}
         for i, span in enumerate(spans):
-            limit.check()
+            cutoff.check()
             self._operator(i, span, needed[i])
         for j in range(len(dag)):
-            limit.check()
+            cutoff.check()
             for i in dag.inputs[j]:
                 self._edge(i, j)
         self.moments = len(self.program.least)
@@ -257,7 +255,7 @@ class LpBound:
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self) -> LpAnswer:
-        """Solve the linear relaxation. Raises TimeoutError where no time is left for the solver."""
+        """Solve the linear relaxation. Raises TimeoutError where the cutoff strikes."""
         if not self.cost:
             return LpAnswer(bound_seconds=self.constant)
         unit = max(self.cost) or 1.0
@@ -266,13 +264,16 @@ class LpBound:
             goal.add(variable, cost / unit)
         if self.disk:
             goal = self._longest(goal, unit)
-        result = self.program.solve(goal, self.limit.left())
+        result = self.program.solve(goal, self.cutoff.left())
+        work = simplex(len(self.program.matrix[2]), result.iterations)
         if result.infeasible:
-            return LpAnswer(bound_seconds=float("inf"))
+            return LpAnswer(bound_seconds=float("inf"), work=work)
         if not result.optimal or result.duals is None:
-            return LpAnswer(bound_seconds=self.constant, solved=False)
+            self.cutoff.check()
+            return LpAnswer(bound_seconds=self.constant, solved=False, work=work)
         bound = (self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING)
-        return LpAnswer(bound_seconds=bound, reruns=self._rounded(result), fractions=self._fractions(result))
+        reruns, fractions = self._rounded(result), self._fractions(result)
+        return LpAnswer(bound_seconds=bound, reruns=reruns, fractions=fractions, work=work)
 
     def _rounded(self, result: Solution) -> tuple[frozenset[Rerun], ...]:
         """Schedules of the class, one for each threshold in `ROUNDED`; none with a disk or in any order."""

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from ortools.sat.python import cp_model
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.bounds.cp_sat_model import CpSatModel
 from tightfit.planner.graphs.bounds.lp_bound import ROUNDING, LpAnswer, LpBound, Path
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun
 
 
@@ -25,7 +25,8 @@ def solve_milp(
     budget_bytes: int,
     pivots: Sequence[int],
     *,
-    seconds: float,
+    work: float,
+    cutoff: Cutoff = NEVER,
     paths: Sequence[Path] = (),
     crowded: Sequence[Rerun] = (),
     most: float = float("inf"),
@@ -33,34 +34,29 @@ def solve_milp(
     """The bound from the moments at `pivots`, which are sorted, for schedules with first runs in the given order.
 
     The rows of `paths` are implied, but shorten the solver's work; `crowded` are the re-runs with a row (35). Schedules
-    that take longer than `most` seconds are left out: where there are no others the bound is about `most`. `seconds`
-    limit building and solving; past them the bound is that of every operator run once.
+    that take longer than `most` seconds are left out: where there are no others the bound is about `most`. The solver
+    may take so many units of `work`. Raises TimeoutError where `cutoff` strikes before it begins.
     """
     # (35) takes an output without a run in the window to be unchanged in it; a fetch would break that.
     assert dag.read is None
-    limit = Limit(seconds)
-    try:
-        windows = LpBound(dag, budget_bytes, pivots, any_order=False, limit=limit)
-        if windows.impossible:
-            return LpAnswer(bound_seconds=float("inf"))
-        for path in paths:
-            windows.follow(path)
-        model = _Whole(windows, budget_bytes, limit)
-        for window, operator in sorted({(bisect_left(pivots, stage), operator) for stage, operator in crowded}):
-            model.crowd(window, operator)
-        return model.solve(most)
-    except TimeoutError:
-        return LpAnswer(bound_seconds=dag.once_seconds, solved=False)
+    windows = LpBound(dag, budget_bytes, pivots, any_order=False, cutoff=cutoff)
+    if windows.impossible:
+        return LpAnswer(bound_seconds=float("inf"))
+    for path in paths:
+        windows.follow(path)
+    model = _Whole(windows, budget_bytes, cutoff)
+    for window, operator in sorted({(bisect_left(pivots, stage), operator) for stage, operator in crowded}):
+        model.crowd(window, operator)
+    return model.solve(most, work)
 
 
 class _Whole:
-    def __init__(self, windows: LpBound, budget: int, limit: Limit) -> None:
-        """Raises TimeoutError where building takes too much of `limit`."""
+    def __init__(self, windows: LpBound, budget: int, cutoff: Cutoff) -> None:
         self.windows = windows
         self.budget = budget
         # Rows of moments are in units of the budget; times the budget their coefficients are whole bytes.
         rows = range(windows.moments, windows.moments + len(windows.pivots))
-        self.counted = CpSatModel(windows.program, dict.fromkeys(rows, budget), limit)
+        self.counted = CpSatModel(windows.program, dict.fromkeys(rows, budget), cutoff)
         self.stays: dict[tuple[int, int], cp_model.IntVar | None] = {}
         """(operator, window) -> a variable that is 1 where its output stays throughout the window; None: it is known
         not to
@@ -74,7 +70,7 @@ class _Whole:
         run = windows.runs[operator].get(window)
         if run is None:
             return
-        self.counted.limit.check()
+        self.counted.cutoff.check()
         there = {operator, *dag.inputs[operator]}
         room = self.budget - dag.fixed_bytes - dag.workspace[operator] - sum(dag.bytes[i] for i in there)
         others = [(i, self._stays(i, window)) for i in range(len(dag)) if i not in there and dag.bytes[i]]
@@ -97,15 +93,13 @@ class _Whole:
                 self.counted.model.add_bool_or([stays, *missing, *again])
         return self.stays[i, window]
 
-    def solve(self, most: float) -> LpAnswer:
-        """The bound, with schedules of at most `most` seconds. Raises TimeoutError where no time is left for the
-        solver.
-        """
+    def solve(self, most: float, work: float) -> LpAnswer:
+        """The bound, with schedules of at most `most` seconds."""
         windows = self.windows
         costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
         # Twice `ROUNDING`, so that after the bound's own margin it still covers schedules of exactly `most` seconds.
         extra = most * (1 + 2 * ROUNDING) - windows.constant
-        found = self.counted.fastest(costs, once=windows.dag.once_seconds, most=extra)
+        found = self.counted.fastest(costs, once=windows.dag.once_seconds, most=extra, work=work)
         bound = (windows.constant + max(0.0, found.bound)) * (1 - ROUNDING)
         reruns = () if found.values is None else (windows.reruns(found.values),)
-        return LpAnswer(bound_seconds=bound, reruns=reruns, solved=found.ended)
+        return LpAnswer(bound_seconds=bound, reruns=reruns, solved=found.ended, work=found.work)

@@ -10,13 +10,14 @@ c - 1, then those that read a to b - 1. For equal operators this is the optimum 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
 import numpy as np
 import numpy.typing as npt
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
 
@@ -46,21 +47,19 @@ def as_chain(dag: Dag) -> tuple[int, ...] | None:
     return tuple(reads)
 
 
-def checkpoints(
-    dag: Dag, reads: Sequence[int], budget_bytes: int, *, late: Callable[[], bool] = lambda: False
-) -> frozenset[Rerun] | None:
+def checkpoints(dag: Dag, reads: Sequence[int], budget_bytes: int, cutoff: Cutoff = NEVER) -> frozenset[Rerun] | None:
     """The re-runs of the best checkpoints within the budget, None where no choice of checkpoints fits. `reads`: see
     `as_chain`.
 
-    Raises TimeoutError where `late`, which is asked as the tables are filled, returns true.
+    Raises TimeoutError where `cutoff` strikes.
     """
     room = budget_bytes - dag.fixed_bytes
     if dag.inputs[0] or not dag.recomputable[0]:
-        sequence = _Program(dag, reads, room, late).sequence()
+        sequence = _Program(dag, reads, room, cutoff).sequence()
     else:
         # Output 0 need not be held: the program sees one more operator before it, of no bytes and no time, as the one
         # that is.
-        before = _Program(_after_nothing(dag), [turn + 1 for turn in reads], room, late)
+        before = _Program(_after_nothing(dag), [turn + 1 for turn in reads], room, cutoff)
         held = before.sequence()
         sequence = None if held is None else [operator - 1 for operator in held[1:]]
     return None if sequence is None else _reruns(dag, sequence)
@@ -82,7 +81,7 @@ def _after_nothing(dag: Dag) -> Dag:
 class _Program:
     """The dynamic program's tables for `room` bytes, in units of memory."""
 
-    def __init__(self, dag: Dag, reads: Sequence[int], room: int, late: Callable[[], bool]) -> None:
+    def __init__(self, dag: Dag, reads: Sequence[int], room: int, cutoff: Cutoff) -> None:
         self.dag = dag
         count = self.count = dag.forward
         unit = gcd(*dag.bytes, *dag.workspace) or 1
@@ -105,9 +104,9 @@ class _Program:
                 most = max(most, size[a] + before + size[q] + work[q])
                 before = size[q]
             at_turn.append(most)
-        self._fill(at_turn, pending, work, late)
+        self._fill(at_turn, pending, work, cutoff)
 
-    def _fill(self, at_turn: list[int], pending: list[int], work: list[int], late: Callable[[], bool]) -> None:
+    def _fill(self, at_turn: list[int], pending: list[int], work: list[int], cutoff: Cutoff) -> None:
         count, size = self.count, self.size
         infinity = np.inf
         best: npt.NDArray[np.float64] = np.full((count, count, self.units + 1), infinity)
@@ -117,8 +116,7 @@ class _Program:
         for a in range(count):
             best[a, a, at_turn[a] :] = 0.0
         for a in reversed(range(count - 1)):
-            if late():
-                raise TimeoutError
+            cutoff.check()
             # Seconds and peak memory of running a + 1 to b, for every b.
             seconds = np.cumsum(self.dag.seconds[a + 1 : count])
             held = [size[a] + (size[b - 1] if b > a + 1 else 0) + size[b] + work[b] for b in range(a + 1, count)]

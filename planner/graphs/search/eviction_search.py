@@ -1,21 +1,21 @@
 """Local search for graphs of any size: greedy eviction until the schedule fits the budget, then ruin and recreate.
 
 Eviction frees the output that relieves most bytes per second of re-runs where memory exceeds the budget. Ruin takes
-some re-runs back and evicts again; faster schedules are kept. Work is counted in rounds, not in seconds, so that the
-answer is the same on any machine unless the time limit ends the search first.
+some re-runs back and evicts again; faster schedules are kept.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterable
 
 import numpy as np
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.live_bytes import Bytes, LiveBytes
 from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes
+from tightfit.planner.graphs.problem.work import EDITED
 
 DEPTH = 64
 """re-runs that one eviction may cause, at most"""
@@ -26,50 +26,36 @@ ROUNDS = 1000
 
 
 class EvictionSearch:
-    """Schedules of one graph within one budget."""
+    """Schedules of one graph within one budget. A search that has no `work` left, or that `cutoff` ends, leaves what it
+    has found.
+    """
 
-    def __init__(
-        self,
-        dag: Dag,
-        budget: int,
-        *,
-        deadline: float = float("inf"),
-        granted: float = 0.0,
-        latest: float = float("inf"),
-    ) -> None:
-        """The search goes on past `deadline` until it has used `granted` seconds of processor time, so that a process
-        that other programs held up still finds an answer, but never past `latest`. `deadline` and `latest` are on the
-        monotonic clock.
-        """
+    def __init__(self, dag: Dag, budget: int, cutoff: Cutoff = NEVER) -> None:
         self.dag = dag
         self.budget = budget
-        self.deadline = deadline
-        self.granted = time.process_time() + granted
-        self.latest = latest
+        self.cutoff = cutoff
+        self.work = float("inf")
+        """units that are left"""
         self.random = random.Random(0)
-        self.timely = True
         self.noise = 0.0
 
-    def late(self) -> bool:
-        """Whether the time is over; `timely` is then false."""
-        now = time.monotonic()
-        if now > self.deadline and (now > self.latest or time.process_time() > self.granted):
-            self.timely = False
-            return True
-        return False
+    def _ended(self, memory: LiveBytes) -> bool:
+        """Whether no work is left to look at `memory` once more, or no time."""
+        self.work -= EDITED * len(memory.keys)
+        return self.work < 0.0 or self.cutoff.over
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
     def repair(self, memory: LiveBytes, limit: float = float("inf")) -> bool:
-        """Evict until `memory` fits the budget; False where that fails, takes too long or costs `limit` seconds of
-        re-runs.
+        """Evict until `memory` fits the budget; False where that fails, costs `limit` seconds of re-runs, or is
+        ended.
         """
         for _ in range(EVICTIONS * len(self.dag)):
             held = memory.bytes
             at = int(np.argmax(held))
             if held[at] <= self.budget:
                 return True
-            if memory.seconds >= limit or self.late():
+            if memory.seconds >= limit or self._ended(memory):
                 return False
             chosen = self._cheapest(memory, at)
             if chosen is None:
@@ -187,7 +173,7 @@ class EvictionSearch:
         for rerun in sorted(candidates, key=lambda rerun: (-seconds[rerun[1]], rerun)):
             if rerun not in memory.reruns:
                 continue
-            if self.late():
+            if self._ended(memory):
                 return
             memory.remove(*rerun)
             if int(np.max(memory.bytes)) > self.budget:
@@ -195,14 +181,15 @@ class EvictionSearch:
 
     # --- schedules that fit ----------------------------------------------------------------------------------------
 
-    def fastest(self, seeds: Iterable[Iterable[Rerun]]) -> frozenset[Rerun] | None:
-        """The fastest schedule within the budget that eviction makes of one of the `seeds`; None: of none. Seeds that
-        fit as they are count even if time is over; of the others the most promising should come first.
+    def fastest(self, seeds: Iterable[Iterable[Rerun]], work: float = float("inf")) -> frozenset[Rerun] | None:
+        """The fastest schedule within the budget that eviction makes of one of the `seeds` in `work` units; None: of
+        none. Seeds that fit as they are count in any case; of the others the most promising should come first.
         """
+        self.work = work
         best: LiveBytes | None = None
         fits = {seed: peak_bytes(self.dag, seed) <= self.budget for seed in map(frozenset, seeds)}
         for seed in sorted(fits, key=lambda seed: not fits[seed]):
-            if not fits[seed] and self.late():
+            if not fits[seed] and (self.work < 0.0 or self.cutoff.over):
                 break
             memory = LiveBytes(self.dag, seed)
             if self.repair(memory):
@@ -211,14 +198,15 @@ class EvictionSearch:
                     best = memory
         return None if best is None else frozenset(best.reruns)
 
-    def improved(self, reruns: frozenset[Rerun]) -> frozenset[Rerun]:
-        """The best schedule found by ruin and recreate, which starts from `reruns`; they must fit."""
+    def improved(self, reruns: frozenset[Rerun], work: float = float("inf")) -> frozenset[Rerun]:
+        """The best schedule found by ruin and recreate in `work` units, which starts from `reruns`; they must fit."""
+        self.work = work
         memory = LiveBytes(self.dag, reruns)
         best, best_seconds = reruns, memory.seconds
         current, current_seconds = best, best_seconds
         start = 0.02 * max(best_seconds, 1e-12)
         for number in range(ROUNDS):
-            if not memory.reruns or self.late():
+            if not memory.reruns or self._ended(memory):
                 break
             heat = start * (1.0 - number / ROUNDS) ** 2
             self.noise = self.random.choice((0.0, 0.1, 0.3))

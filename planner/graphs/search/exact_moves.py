@@ -14,6 +14,7 @@ from typing import Any
 
 from ortools.sat.python import cp_model
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.problem.actions import Action
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.problem.layer_types import transfer_seconds
@@ -30,7 +31,7 @@ OPERATORS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMoves:
-    """What the solver found within its time limit."""
+    """What the solver found."""
 
     actions: tuple[Action, ...] | None
     """None: no schedule of the class fits (if `proven`), or none was found"""
@@ -39,9 +40,11 @@ class ExactMoves:
     """lower bound on the seconds of every schedule of the class"""
 
 
-def fastest_with_moves(dag: Dag, budget_bytes: int, *, seconds: float) -> ExactMoves:
-    """The fastest schedule of the class within the budget; `seconds` limit the solver."""
-    return _Moves(dag, budget_bytes).solve(seconds)
+def fastest_with_moves(dag: Dag, budget_bytes: int, *, work: float, cutoff: Cutoff = NEVER) -> ExactMoves:
+    """The fastest schedule of the class within the budget; the solver takes at most `work` units, and answers with what
+    it has where `cutoff` strikes.
+    """
+    return _Moves(dag, budget_bytes).solve(work, cutoff)
 
 
 class _Moves:
@@ -184,9 +187,10 @@ class _Moves:
         self.stored, self.landed = stored, landed
         return lives
 
-    def solve(self, seconds: float) -> ExactMoves:
+    def solve(self, work: float, cutoff: Cutoff) -> ExactMoves:
         solver = single_worker()
-        solver.parameters.max_time_in_seconds = seconds
+        solver.parameters.max_deterministic_time = work
+        solver.parameters.max_time_in_seconds = cutoff.left()
         status = solved(solver, self.model)
         if status == cp_model.INFEASIBLE:
             return ExactMoves(actions=None, proven=True, bound=float("inf"))

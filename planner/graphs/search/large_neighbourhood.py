@@ -9,11 +9,11 @@ number of places adapts to what the solver has lately solved to optimality.
 from __future__ import annotations
 
 import random
-import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterator
 from itertools import accumulate
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, runs, seconds
 from tightfit.planner.graphs.search.subproblem import Solved, Subproblem
@@ -34,67 +34,61 @@ FEWEST, MOST = 100.0, 4000.0
 """...and the range in which that number adapts"""
 WIDTH = 20
 """stages of a stretch, roughly on average"""
-STRETCH = 0.1
-"""share of the available time that one stretch may take"""
+STRETCH, SHORTEST = 0.1, 0.5
+"""share of the available work that the solver may take for one stretch, and units that it may take in any case"""
 STALLED = 60
 """stretches in a row that gained nothing, after which the search ends"""
 
 
 class LargeNeighbourhood:
-    """The search for one graph and budget. `timely`: no time limit ended it or any program that it solved."""
+    """The search for one graph and budget."""
 
-    def __init__(self, dag: Dag, budget: int) -> None:
+    def __init__(self, dag: Dag, budget: int, cutoff: Cutoff = NEVER) -> None:
         self.dag = dag
         self.budget = budget
+        self.cutoff = cutoff
         self.random = random.Random(0)
-        self.timely = True
+        self.stalled = False
+        """whether the latest search ended since stretch after stretch gained nothing"""
         self.chained: dict[int, list[Rerun]] = {}
         """places in chains, by depth; empty where there are more than `LONGEST`"""
         self.sizes = dict.fromkeys((0, *DEPTHS), PLACES)
         """number of places for the next stretch, by depth of its chains; depth 0: operators nearby"""
 
-    def polished(self, reruns: frozenset[Rerun], *, deadline: float, enough: float = 0.0) -> frozenset[Rerun]:
-        """The best schedule found by re-optimising stretches, until it fits and takes at most `enough` seconds, or
-        until `deadline`, on the monotonic clock. `reruns` may exceed the budget.
+    def polished(self, reruns: frozenset[Rerun], work: float, enough: float = 0.0) -> Iterator[frozenset[Rerun]]:
+        """Ever better schedules, found by re-optimising stretches until one fits and takes at most `enough` seconds, or
+        `work` is done. `reruns` may exceed the budget. Raises TimeoutError where the cutoff strikes.
         """
         best = reruns
-        longest = max(1.5, STRETCH * (deadline - time.monotonic()))
-        stalled = 0
-        while stalled < STALLED:
+        longest = max(SHORTEST, STRETCH * work)
+        gained_nothing = 0
+        while work > 0.0 and gained_nothing < STALLED:
             sequence = runs(self.dag, best)
             held = memory(self.dag, sequence)
             fits = max(held) <= self.budget
             if fits and (not best or seconds(self.dag, best) <= enough):
-                break
-            if time.monotonic() > deadline:
-                self.timely = False
                 break
             if fits:
                 around = sorted(best)
                 stage = self.random.choices(around, [self.dag.again_seconds[i] + 1e-12 for _, i in around])[0][0]
             else:
                 stage = sequence[held.index(max(held))][0]
-            found = self._stretch(best, stage, min(longest, deadline - time.monotonic()))
-            better = self._better(best, found.reruns)
-            stalled = stalled + 1 if better is best else 0
-            best = better
-        return best
+            found = self._stretch(best, stage, longest)
+            work -= found.work
+            gained_nothing += 1
+            if found.reruns is not None and self._worth(found.reruns) < self._worth(best):
+                best, gained_nothing = found.reruns, 0
+                yield best
+        self.stalled = gained_nothing >= STALLED
 
-    def _better(self, one: frozenset[Rerun], other: frozenset[Rerun] | None) -> frozenset[Rerun]:
-        """`other` if it is better than `one`, which means, in this order: a smaller excess over the budget at the peak,
-        a smaller sum of excesses over all runs, fewer seconds.
+    def _worth(self, reruns: frozenset[Rerun]) -> tuple[int, int, float]:
+        """What the best schedule has least of: bytes over the budget at the peak, the sum of these over all runs,
+        seconds. Several runs may share the highest peak, and a stretch lowers one of them: the sum shows that.
         """
-        if other is None:
-            return one
+        over = [max(0, held - self.budget) for held in memory(self.dag, runs(self.dag, reruns))]
+        return max(over), sum(over), seconds(self.dag, reruns)
 
-        def worth(reruns: frozenset[Rerun]) -> tuple[int, int, float]:
-            # Several runs may share the highest peak, and a stretch lowers one of them: the sum shows that as progress.
-            over = [max(0, held - self.budget) for held in memory(self.dag, runs(self.dag, reruns))]
-            return max(over), sum(over), seconds(self.dag, reruns)
-
-        return other if worth(other) < worth(one) else one
-
-    def _stretch(self, reruns: frozenset[Rerun], stage: int, limit: float) -> Solved:
+    def _stretch(self, reruns: frozenset[Rerun], stage: int, work: float) -> Solved:
         """Re-optimise a stretch around `stage`, either few stages with all operators nearby or many stages with chains,
         with as many places as `sizes` says.
         """
@@ -115,7 +109,7 @@ class LargeNeighbourhood:
         else:
             chosen = self._candidates(reruns, first, last)
             places = {(t, i) for t in range(first, last) for i in chosen if i < t}
-        found = self._solve(reruns, first, last, places, limit)
+        found = Subproblem(self.dag, self.budget, reruns, first, last, places, self.cutoff).solve(work)
         self.sizes[depth] = min(MOST, self.sizes[depth] * 1.1) if found.ended else max(FEWEST, self.sizes[depth] * 0.8)
         return found
 
@@ -123,14 +117,6 @@ class LargeNeighbourhood:
         if depth not in self.chained:
             self.chained[depth] = sorted(chains(self.dag, self.budget, depth, LONGEST))
         return self.chained[depth]
-
-    def _solve(self, reruns: frozenset[Rerun], first: int, last: int, places: Iterable[Rerun], limit: float) -> Solved:
-        try:
-            solved = Subproblem(self.dag, self.budget, reruns, first, last, places, seconds=limit).solve()
-        except TimeoutError:
-            solved = Solved(reruns=None, ended=False)
-        self.timely = self.timely and solved.ended
-        return solved
 
     def _candidates(self, reruns: frozenset[Rerun], first: int, last: int) -> list[int]:
         """Operators for depth 0: the nearest, in the graph and with some randomness, to what the stretch recomputes and

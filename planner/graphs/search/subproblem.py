@@ -21,9 +21,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 
+from tightfit.planner.cutoff import NEVER, Cutoff
 from tightfit.planner.graphs.bounds.cp_sat_model import CpSatModel
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, peak_bytes, pruned, runs
 from tightfit.planner.solvers.cp_sat import RESOLUTION
 from tightfit.planner.solvers.lp import Linear, LinearProgram
@@ -49,6 +49,8 @@ class Solved:
     """the whole schedule with the stretch re-optimised; None: nothing better was found"""
     ended: bool
     """whether the solver finished: no better stretch exists with these places"""
+    work: float
+    """units that building and solving took"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ class Subproblem:
     """The integer program of one stretch: stages `first` to `last` - 1 of the schedule `reruns`, which may exceed the
     budget.
 
-    `places` are where operators may run again, beside those where they do in `reruns`. Building and solving may take
-    `seconds` in all; `__init__`, `solve` and `lowest` raise TimeoutError if no time is left.
+    `places` are where operators may run again, beside those where they do in `reruns`. `__init__`, `solve` and `lowest`
+    raise TimeoutError where `cutoff` strikes before the solver begins; the solver may take so many units of `work`.
     """
 
     def __init__(
@@ -79,10 +81,9 @@ class Subproblem:
         first: int,
         last: int,
         places: Iterable[Rerun],
-        *,
-        seconds: float,
+        cutoff: Cutoff = NEVER,
     ) -> None:
-        self.limit = Limit(seconds)
+        self.cutoff = cutoff
         self.dag = dag
         self.budget = budget
         self.reruns = reruns
@@ -118,7 +119,7 @@ class Subproblem:
         """fixed bytes, and outputs that live throughout the stretch whatever it decides"""
         self._enter()
         for stage, i in self.places:
-            self.limit.check()
+            self.cutoff.check()
             self._place(stage, i)
         self._leave()
 
@@ -232,28 +233,28 @@ class Subproblem:
 
     # --- solving ---------------------------------------------------------------------------------------------------
 
-    def solve(self) -> Solved:
+    def solve(self, work: float) -> Solved:
         """The best stretch found: the one that exceeds the budget least, and the fastest of those."""
         if self.over is None:
             once = self.dag.once_seconds
             spent = sum(self.dag.again_seconds[i] for _, i in self.inside)
-            found = self._model().fastest(self._costs(), once=once, most=spent - BETTER * once)
-            return Solved(reruns=self._chosen(found.values), ended=found.ended)
+            found = self._model().fastest(self._costs(), once=once, most=spent - BETTER * once, work=work)
+            return Solved(reruns=self._chosen(found.values), ended=found.ended, work=found.work)
         scale = ceil(RESOLUTION / self.budget)
         per_second = scale * self.budget / (OVER * (self.dag.once_seconds or 1.0))
         costs = {variable: floor(per_second * cost) for variable, cost in self._costs().items()}
-        found = self._model().least(costs | {self.over: scale})
-        return Solved(reruns=self._chosen(found.values), ended=found.ended)
+        found = self._model().least(costs | {self.over: scale}, work=work)
+        return Solved(reruns=self._chosen(found.values), ended=found.ended, work=found.work)
 
-    def lowest(self) -> Lowest:
+    def lowest(self, work: float) -> Lowest:
         """The lowest peak. The given schedule must exceed the budget within the stretch."""
         assert self.over is not None
-        found = self._model().least({self.over: 1})
+        found = self._model().least({self.over: 1}, work=work)
         over = max(0, ceil(found.bound)) if found.bound < float("inf") else 0
         return Lowest(reruns=self._chosen(found.values), bytes=self.budget + over, ended=found.ended)
 
     def _model(self) -> CpSatModel:
-        return CpSatModel(self.program, self.in_bytes, self.limit)
+        return CpSatModel(self.program, self.in_bytes, self.cutoff)
 
     def _costs(self) -> dict[int, float]:
         """Variable -> seconds."""
@@ -268,14 +269,13 @@ class Subproblem:
         return pruned(self.dag, (self.reruns - self.inside - spared) | inside)
 
 
-def lowest_peak(dag: Dag, *, seconds: float) -> Lowest:
-    """The schedule of lowest peak found within `seconds`, and a lower bound in bytes on every peak of the class."""
+def lowest_peak(dag: Dag, *, work: float, cutoff: Cutoff = NEVER) -> Lowest:
+    """The schedule of lowest peak that a solver finds in `work` units, and a lower bound in bytes on every peak of the
+    class. Raises TimeoutError where `cutoff` strikes before the solver begins.
+    """
     least = dag.floor_bytes
     if peak_bytes(dag, ()) <= least or len(dag) > MOST_PROVEN:
         return Lowest(reruns=None, bytes=least, ended=True)
     places = [(stage, i) for stage in range(len(dag)) for i in range(stage) if dag.recomputable[i]]
-    try:
-        # A stretch over all stages with all places covers the whole class.
-        return Subproblem(dag, least, frozenset(), 0, len(dag), places, seconds=seconds).lowest()
-    except TimeoutError:
-        return Lowest(reruns=None, bytes=least, ended=False)
+    # A stretch over all stages with all places covers the whole class.
+    return Subproblem(dag, least, frozenset(), 0, len(dag), places, cutoff).lowest(work)

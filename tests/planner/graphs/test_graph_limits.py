@@ -4,29 +4,27 @@ budget.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
 from bare_graphs import graph_of
 from brute_graph import least, random_graph
 from layered_graph import layered
+from ticking import Ticking
 
-from tightfit.planner.graphs import graph_budget_search, graph_planner, incumbents, move_search, smallest_budget
+from tightfit.planner.cutoff import Cutoff
+from tightfit.planner.graphs import incumbents, move_search
 from tightfit.planner.graphs.bounds import cp_sat_model
-from tightfit.planner.graphs.bounds.bound import ClassBound, any_schedule_bound
-from tightfit.planner.graphs.graph_budget_search import GraphBudgetSearch
+from tightfit.planner.graphs.bounds.bound import AnyBound, ClassBound
 from tightfit.planner.graphs.graph_planner import GraphPlanner
-from tightfit.planner.graphs.incumbents import Incumbents, ProvenPeaks
 from tightfit.planner.graphs.problem.dag import dag_of
-from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs
-from tightfit.planner.graphs.search import exact_moves, large_neighbourhood
+from tightfit.planner.graphs.search import exact_moves
 from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood
-from tightfit.planner.graphs.search.subproblem import Solved, lowest_peak
+from tightfit.planner.graphs.search.subproblem import lowest_peak
 from tightfit.planner.search_options import SearchOptions
 from tightfit.planner.solvers import lp
 from tightfit.profiles.graph_input import BareChannel, graph_profile
@@ -47,97 +45,51 @@ def chain(count, *, training=False):
     return operators
 
 
-# --- the clock -----------------------------------------------------------------------------------------------------
+# --- the clock --- ---------------------------------------------------------------------------------------------------
 
 
-def test_bounds_and_peaks_say_where_the_clock_ended_them():
+def past():
+    """A cutoff that has struck."""
+    cutoff = Cutoff(1.0, Ticking(1.0))
+    assert cutoff.over
+    return cutoff
+
+
+def test_every_part_ends_where_the_cutoff_strikes_and_keeps_what_it_has():
     dag = dag_of(graph_profile(layered(40)))
     budget = int(0.7 * peak_bytes(dag, ()))
-    assert not any_schedule_bound(dag, budget, seconds=0.0).timely
-    assert not any_schedule_bound(dag, budget, seconds=1e-6).timely
-    assert any_schedule_bound(dag, budget, seconds=60.0).timely
-    bound = ClassBound(dag, budget, frozenset())
-    bound.linear(0.0, float("inf"))
-    assert not bound.timely
-    assert not lowest_peak(dag, seconds=0.0).ended
-    small = dag_of(graph_of(random_graph(1, most=8)))
-    assert lowest_peak(small, seconds=60.0).ended
-
-
-@pytest.mark.parametrize("end", ["solver", "building"])
-def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
-    class Ended:
-        def __init__(self, *_, **__):
-            if end == "building":
-                raise TimeoutError
-
-        def solve(self):
-            return Solved(reruns=None, ended=False)
-
-    monkeypatch.setattr(large_neighbourhood, "Subproblem", Ended)
-    dag = dag_of(graph_profile(layered(24)))
-    near = LargeNeighbourhood(dag, int(0.7 * peak_bytes(dag, ())))
-    near.polished(frozenset(), deadline=time.monotonic() + 60)
-    assert not near.timely
-
-
-@pytest.mark.slow
-def test_a_plan_that_depends_on_a_search_that_was_cut_says_so():
-    """Each of them alone: without the cut the same plan is one that another run finds again."""
-    profile = graph_profile(layered(21, seed=1))
-    dag = dag_of(profile)
-    budget = max(dag.own_bytes(i) for i in range(len(dag)))
-    whole = GraphPlanner(profile).plan(budget, time_limit=120)
-    assert (whole.status, whole.deterministic) == ("infeasible", True)
-    for module, name, cut in (
-        (graph_planner, "any_schedule_bound", lambda dag, budget, **_: any_schedule_bound(dag, budget, seconds=0.0)),
-        (incumbents, "lowest_peak", lambda dag, seconds: lowest_peak(dag, seconds=0.0)),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, name, cut)
-            made = GraphPlanner(profile).plan(budget, time_limit=120)
-        assert (made.status, made.deterministic) == ("infeasible", False), name
-
-
-def test_the_time_of_a_program_is_shared_by_building_and_solving():
-    assert 0 < Limit(60.0).left() <= 60.0
+    any_bound, bound = AnyBound(dag, budget), ClassBound(dag, budget, frozenset())
     with pytest.raises(TimeoutError):
-        Limit(0.0).check()
+        any_bound.rise(past())
+    assert (any_bound.seconds, any_bound.ended) == (dag.once_seconds, False)
+    any_bound.rise()
+    risen = any_bound.seconds
+    with pytest.raises(TimeoutError):
+        any_bound.rise(past())
+    assert any_bound.seconds == risen
+    with pytest.raises(TimeoutError):
+        bound.linear(60.0, float("inf"), past())
+    assert (bound.seconds, bound.ended) == (dag.once_seconds, False)
+    with pytest.raises(TimeoutError):
+        lowest_peak(dag, work=60.0, cutoff=past())
+    with pytest.raises(TimeoutError):
+        list(LargeNeighbourhood(dag, budget, past()).polished(frozenset(), work=60.0))
+    search = EvictionSearch(dag, budget, past())
+    assert search.fastest([()]) is None
+    found = EvictionSearch(dag, budget).fastest([()])
+    assert search.improved(found) == found
 
 
-def test_seconds_of_the_processor_are_granted_no_longer_than_the_clock_allows():
-    """With both cores busy a second of the processor may be many of the clock: a search that has one by right ends with
-    the limit all the same.
-    """
-    dag = dag_of(graph_profile(layered(24)))
-    now = time.monotonic()
-    for latest, late in ((float("inf"), False), (now + 60, False), (now - 1, True)):
-        search = EvictionSearch(dag, 1, deadline=now - 1, granted=1e9, latest=latest)
-        assert (search.late(), search.timely) == (late, not late)
-
-
-def test_past_its_limit_nothing_is_begun(monkeypatch):
-    """What takes long to set up is not set up: a graph of a thousand operators would take seconds for each on a busy
-    machine.
-    """
-    profile = graph_profile(layered(40))
-    planner = GraphPlanner(profile)
-    asked = []
-    monkeypatch.setattr(graph_budget_search, "ClassBound", lambda *given: asked.append(given))
-    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
-    budget = int(0.5 * peak_bytes(planner.dag, ()))
-    ended = time.monotonic() - 10
-    search = GraphBudgetSearch(
-        Incumbents(planner.dag, ProvenPeaks(planner.dag)),
-        budget,
-        gap=0.0,
-        started=ended - 1,
-        deadline=ended,
-        report=lambda *told: None,
-    )
-    outcome = search.solve()
-    assert (outcome.carried, outcome.timely) == (None, False)
-    assert not asked
+def test_what_little_work_does_not_reach_has_not_ended():
+    dag = dag_of(graph_profile(layered(40)))
+    budget = int(0.7 * peak_bytes(dag, ()))
+    bound, near = ClassBound(dag, budget, frozenset()), LargeNeighbourhood(dag, budget)
+    bound.linear(1e-6, float("inf"))
+    assert not bound.ended
+    list(near.polished(frozenset(), work=1e-6))
+    assert not near.stalled
+    assert not lowest_peak(dag, work=1e-6).ended
+    assert lowest_peak(dag_of(graph_of(random_graph(1, most=8))), work=60.0).ended
 
 
 def test_checkpoints_of_a_chain_can_be_cut():
@@ -146,7 +98,7 @@ def test_checkpoints_of_a_chain_can_be_cut():
     assert found is not None
     assert checkpoints(dag, found, 6) is not None
     with pytest.raises(TimeoutError):
-        checkpoints(dag, found, 6, late=lambda: True)
+        checkpoints(dag, found, 6, past())
 
 
 class Stopwatch:
@@ -157,9 +109,19 @@ class Stopwatch:
     def __init__(self, monkeypatch):
         self.asked = []
         self.now = 0.0
-        monkeypatch.setattr(time, "monotonic", self.read)
+        solve, solved = lp.solve_silently, cp_sat_model.solved
+        monkeypatch.setattr(
+            lp,
+            "solve_silently",
+            lambda model, seconds, *rest: self.spend(seconds, lambda: solve(model, seconds, *rest)),
+        )
+        monkeypatch.setattr(
+            cp_sat_model,
+            "solved",
+            lambda solver, model: self.spend(solver.parameters.max_time_in_seconds, lambda: solved(solver, model)),
+        )
 
-    def read(self):
+    def __call__(self):
         self.now += 1e-5
         return self.now
 
@@ -171,40 +133,17 @@ class Stopwatch:
             self.now += seconds
 
 
-@pytest.mark.slow_but_for("0.8")
 @pytest.mark.parametrize("share", [0.05, 0.8, None], ids=["0.05", "0.8", "smallest"])
-def test_a_small_limit_asks_nobody_for_more(monkeypatch, share):
-    """The seconds that solvers are given in one call, added up; and of searches, the most that one is."""
-    profile, limit, granted = graph_profile(layered(60)), 0.4, []
-    planner, top = GraphPlanner(profile), peak_bytes(dag_of(profile), ())
-    solve = lp.solve_silently
-
-    class Granted(EvictionSearch):
-        def __init__(self, *args, **options):
-            granted.append(options["granted"])
-            super().__init__(*args, **options)
-
-    watch = Stopwatch(monkeypatch)
-    monkeypatch.setattr(
-        lp,
-        "solve_silently",
-        lambda model, seconds, *rest: watch.spend(seconds, lambda: solve(model, seconds, *rest)),
-    )
-    solved = cp_sat_model.solved
-    monkeypatch.setattr(
-        cp_sat_model,
-        "solved",
-        lambda solver, model: watch.spend(solver.parameters.max_time_in_seconds, lambda: solved(solver, model)),
-    )
-    for module in (graph_budget_search, smallest_budget):
-        monkeypatch.setattr(module, "EvictionSearch", Granted)
+def test_solvers_are_given_what_is_left_and_no_more(monkeypatch, share):
+    """The seconds that solvers are given in one call, added up."""
+    limit, watch = 0.4, Stopwatch(monkeypatch)
+    planner = GraphPlanner(graph_profile(layered(60)), now=watch)
     if share is None:
         planner.minimum_bytes(time_limit=limit)
     else:
-        planner.plan(int(share * top), time_limit=limit)
+        planner.plan(int(share * planner.keep_all_bytes), time_limit=limit)
     assert watch.asked
-    assert sum(watch.asked) <= 2 * limit
-    assert max(granted) <= 0.1 * limit
+    assert sum(watch.asked) <= limit + 1e-6
 
 
 @pytest.mark.slow
@@ -224,7 +163,7 @@ def test_what_the_exact_solver_had_found_when_it_was_cut_is_used(monkeypatch):
     assert made.bound_seconds == pytest.approx(proven.bound_seconds)
 
 
-# --- searched again ------------------------------------------------------------------------------------------------
+# --- searched again --- ------------------------------------------------------------------------------------------------
 
 
 def test_what_was_cut_is_searched_again_under_a_larger_limit():
@@ -245,21 +184,12 @@ def test_what_was_cut_is_searched_again_under_a_larger_limit():
     assert whole.budget_bytes == planner.minimum_bytes(time_limit=1e-4) == fresh.minimum_bytes(time_limit=120) < cut
 
 
-def test_a_bound_that_was_cut_is_worked_out_again_under_a_larger_limit(monkeypatch):
-    asked = []
-
-    def counted(dag, budget, *, seconds):
-        asked.append(seconds)
-        return any_schedule_bound(dag, budget, seconds=seconds)
-
-    monkeypatch.setattr(graph_planner, "any_schedule_bound", counted)
+def test_a_bound_that_was_cut_is_raised_further_by_a_later_call():
     planner = GraphPlanner(graph_profile(layered(40, training=True)))
-    budget = int(0.6 * peak_bytes(planner.dag, ()))
+    budget = int(0.6 * planner.keep_all_bytes)
     cut = planner.any_bound(budget, seconds=1e-6)
-    assert planner.any_bound(budget, seconds=1e-7) == cut
     whole = planner.any_bound(budget, seconds=60.0)
-    assert planner.any_bound(budget, seconds=120.0) == planner.any_bound(budget, seconds=1e-6) == whole > cut
-    assert asked == [1e-6, 60.0]
+    assert planner.any_bound(budget, seconds=1e-6) == whole > cut == planner.dag.once_seconds
 
 
 # --- the smallest budget -------------------------------------------------------------------------------------------
@@ -309,7 +239,7 @@ def test_a_proven_peak_is_one_that_sizes_add_up_to():
         for op in random_graph(6007, most=8)
     ]
     dag = dag_of(graph_of(operators))
-    assert lowest_peak(dag, seconds=60).bytes == least(random_graph(6007, most=8), "stages") * unit
+    assert lowest_peak(dag, work=60).bytes == least(random_graph(6007, most=8), "stages") * unit
 
 
 # --- polishing -----------------------------------------------------------------------------------------------------
@@ -337,32 +267,30 @@ def test_of_two_peaks_of_one_height_each_may_be_lowered_alone():
     both = frozenset({(5, 0), (11, 6)})
     near = LargeNeighbourhood(dag, peak_bytes(dag, both))
     assert near.budget < top == peak_bytes(dag, once)
-    assert near._better(frozenset(), once) == once
-    assert near._better(once, both) == both
-    assert near._better(both, once) == both
-    assert near._better(once, frozenset()) == once
+    assert near._worth(both) < near._worth(once) < near._worth(frozenset())
 
 
 def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
-    """It had only what the search had left: what one call named as the smallest budget, another called too small."""
-    granted = []
+    """What one call names as the smallest budget, no other calls too small."""
+    asked = []
 
-    def spied(dag, *, seconds):
-        granted.append(seconds)
-        return lowest_peak(dag, seconds=seconds)
+    def spied(dag, **limits):
+        asked.append(limits["work"])
+        return lowest_peak(dag, **limits)
 
     monkeypatch.setattr(incumbents, "lowest_peak", spied)
-    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds: None)
+    monkeypatch.setattr(EvictionSearch, "fastest", lambda self, seeds, work=0.0: None)
     profile, options = graph_profile(layered(22, seed=3)), SearchOptions(exact=False)
     least = GraphPlanner(profile, options).minimum_bytes(time_limit=60)
     assert least < GraphPlanner(profile, options).keep_all_bytes
-    granted.clear()
+    asked.clear()
     made = GraphPlanner(profile, options).plan(least, time_limit=60)
     assert made.peak_bytes == least
-    assert granted[0] > 15
+    assert asked
     # Once it came to its end, it is known.
     planner = GraphPlanner(profile, options)
-    granted.clear()
+    assert planner.minimum_bytes(time_limit=60) == least
+    asked.clear()
     assert planner.plan(least - 1, time_limit=60).minimum_budget_bytes == least
     assert planner.plan(least, time_limit=60).peak_bytes == least
-    assert len(granted) == 1
+    assert not asked

@@ -5,7 +5,6 @@ nothing.
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 from bare_graphs import graph_of
@@ -40,7 +39,7 @@ def small_graphs(start, count):
 def test_a_stretch_over_everything_is_the_whole_class():
     """From keep-all, which mostly is over the budget, to the optimum; where that is keep-all, nothing is better."""
     for seed, operators, fixed, dag, budget in small_graphs(4000, 120):
-        solved = Subproblem(dag, budget, frozenset(), 0, len(dag), everywhere(dag, 0, len(dag)), seconds=60).solve()
+        solved = Subproblem(dag, budget, frozenset(), 0, len(dag), everywhere(dag, 0, len(dag))).solve(60)
         reruns = solved.reruns or frozenset()
         assert solved.ended, seed
         assert peak_bytes(dag, reruns) <= budget, seed
@@ -59,7 +58,7 @@ def test_any_stretch_of_a_schedule_that_fits_still_fits_and_is_not_slower():
             first = rng.randrange(len(dag))
             last = rng.randrange(first, len(dag)) + 1
             places = [place for place in everywhere(dag, first, last) if rng.random() < 0.8]
-            solved = Subproblem(dag, budget, current, first, last, places, seconds=60).solve()
+            solved = Subproblem(dag, budget, current, first, last, places).solve(60)
             if solved.reruns is None:
                 continue
             assert peak_bytes(dag, solved.reruns) <= budget, (seed, first, last)
@@ -74,7 +73,7 @@ def test_no_schedule_of_the_class_has_a_lower_peak_than_is_proven():
     for seed in range(6000, 6300):
         operators, fixed = random_graph(seed), seed % 3
         dag = dag_from(operators, fixed)
-        proven = lowest_peak(dag, seconds=60).bytes
+        proven = lowest_peak(dag, work=60).bytes
         assert proven <= least(operators, "stages", fixed), seed
         above += proven > fixed + max(dag.own_bytes(i) for i in range(len(dag)))
     # What the largest operator needs by itself is a bound as well, and says nothing of the others.
@@ -89,7 +88,7 @@ def test_stretches_fit_and_speed_up_what_eviction_leaves():
     assert evicted is not None
     near = LargeNeighbourhood(dag, budget)
     enough = 0.995 * seconds(dag, evicted)
-    found = near.polished(evicted, deadline=time.monotonic() + 600, enough=enough)
+    *_, found = near.polished(evicted, 600, enough)
     assert peak_bytes(dag, found) <= budget
     assert seconds(dag, found) <= enough
 

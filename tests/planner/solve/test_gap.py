@@ -29,7 +29,7 @@ def test_optimal_is_what_nothing_undercuts_and_a_gap_ends_the_search_before():
     dag = dag_of(profile)
     budget = int(0.75 * peak_bytes(dag, ()))
     everywhere = [(stage, i) for stage in range(len(dag)) for i in range(stage)]
-    known = Subproblem(dag, budget, frozenset(), 0, len(dag), everywhere, seconds=60.0).solve()
+    known = Subproblem(dag, budget, frozenset(), 0, len(dag), everywhere).solve(60)
     assert known.ended
     best = seconds(dag, known.reruns)
     made = GraphPlanner(profile).plan(budget, time_limit=60)
@@ -50,15 +50,15 @@ def test_optimal_is_what_nothing_undercuts_and_a_gap_ends_the_search_before():
         ("graph", 9e-4, {}, "stalled"),
         ("graph", 9e-4, {"asked": 1e-3}, "gap"),
         ("graph", 9e-4, {"asked": 8e-4}, "stalled"),
-        ("graph", 9e-4, {"timely": False}, "time limit"),
-        ("graph", 9e-4, {"timely": False, "stalled": True}, "stalled"),
-        ("graph", 9e-4, {"timely": False, "interrupted": True}, "interrupt"),
-        ("decoder", ROUNDING, {"timely": False}, "proof"),
+        ("graph", 9e-4, {"deterministic": False}, "time limit"),
+        ("graph", 9e-4, {"deterministic": False, "stalled": True}, "stalled"),
+        ("graph", 9e-4, {"deterministic": False, "interrupted": True}, "interrupt"),
+        ("decoder", ROUNDING, {"deterministic": False}, "proof"),
         ("decoder", 1e-3, {}, "stalled"),
     ],
 )
 def test_what_ended_a_search(kind, gap, told, expected):
-    assert ended_by(kind, gap, **{"asked": 0.0, "timely": True} | told) == expected
+    assert ended_by(kind, gap, **{"asked": 0.0, "deterministic": True} | told) == expected
 
 
 @pytest.mark.parametrize("seed", [4, 12])

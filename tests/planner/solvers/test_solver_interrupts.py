@@ -249,10 +249,11 @@ def test_an_interruption_while_a_bound_is_worked_out_returns_what_is_known_to_fi
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tightfit.planner.graphs.graph_planner.any_schedule_bound", interrupt)
+    monkeypatch.setattr("tightfit.planner.graphs.bounds.bound.AnyBound.rise", interrupt)
     made = planner.plan(budget, policy=policy)
     assert made.train is not None
     assert (made.any_schedule_bound_seconds, made.deterministic) == (planner.dag.once_seconds, False)
+    monkeypatch.setattr("tightfit.planner.graphs.graph_budget_search.evict", interrupt)
     with pytest.raises(KeyboardInterrupt):
         planner.plan(planner.floor_bytes, policy=policy)
 
