@@ -13,7 +13,6 @@ from tightfit.planner.graphs.problem.schedule import Rerun, seconds
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood
 from tightfit.planner.graphs.search.subproblem import BETTER, Subproblem
-from tightfit.planner.graphs.smallest_budget import evict
 from tightfit.planner.plan_result import gap_to
 
 EXACT_OPERATORS, EXACT_WORK = 32, 10.0
@@ -100,7 +99,7 @@ class GraphBudgetSearch:
         if self.fits:
             self.report("fits", seconds(self.dag, self.best), self.proven)
         else:
-            evict(self.found, self.cutoff)
+            self.found.lower_by_eviction(self.cutoff)
             self.best = self.found.lowest()
         self.any_bound.rise(self.cutoff)
         if self.options.exact and self.dag.operators <= EXACT_OPERATORS and self._solved():

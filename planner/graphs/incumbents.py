@@ -13,6 +13,7 @@ from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes, pruned, 
 from tightfit.planner.graphs.search.baselines import RULES, rules_for
 from tightfit.planner.graphs.search.belady import belady_schedule
 from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
+from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.subproblem import Lowest, lowest_peak
 from tightfit.planner.search_options import ALL, SearchOptions
 
@@ -101,6 +102,24 @@ class Incumbents:
         chain = as_chain(self.dag)
         if chain is not None and self.options.chains:
             self.note(checkpoints(self.dag, chain, budget, cutoff) or ())
+
+    def lower_by_eviction(self, cutoff: Cutoff) -> None:
+        """Note schedules of ever lower peaks, as low as eviction finds them. Raises TimeoutError where `cutoff`
+        strikes.
+        """
+        low = self.dag.floor_bytes - 1
+        best = self.lowest()
+        while self.peaks[best] - low > 1:
+            # First bisect between the peak that eviction did not reach and the lowest one found, then go down by single
+            # bytes.
+            for budget in ((low + self.peaks[best]) // 2, self.peaks[best] - 1):
+                self.chained(budget, cutoff)
+                reruns = EvictionSearch(self.dag, budget, cutoff).fastest(self.seeds(budget))
+                if reruns is not None:
+                    best = self.note(reruns)
+                    break
+                cutoff.check()
+                low = max(low, budget)
 
     def lowest_peak(self, work: float, cutoff: Cutoff) -> Lowest:
         """The lowest peak, as far as `work` units suffice, its schedule noted."""

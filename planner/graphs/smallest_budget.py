@@ -6,7 +6,6 @@ from tightfit.planner.cutoff import Cutoff
 from tightfit.planner.graphs.incumbents import Incumbents
 from tightfit.planner.graphs.plan_result import LowestPeak
 from tightfit.planner.graphs.problem.actions import carry
-from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood
 
 FIRST_WORK = 2.0
@@ -17,7 +16,7 @@ def lowest_schedule(found: Incumbents, cutoff: Cutoff) -> LowestPeak:
     """The schedule of lowest peak found until the search ends or is cut."""
     ended = True
     try:
-        evict(found, cutoff)
+        found.lower_by_eviction(cutoff)
         _lower(found, cutoff)
     except TimeoutError:
         ended = False
@@ -39,20 +38,3 @@ def _lower(found: Incumbents, cutoff: Cutoff) -> None:
         if near.stalled and (low.ended or left == before):
             return
         work, before = 2 * work, left
-
-
-def evict(found: Incumbents, cutoff: Cutoff) -> None:
-    """Note schedules of ever lower peaks, as low as eviction finds them. Raises TimeoutError where `cutoff` strikes."""
-    low = found.dag.floor_bytes - 1
-    best = found.lowest()
-    while found.peaks[best] - low > 1:
-        # First bisect between the peak that eviction did not reach and the lowest one found, then go down by single
-        # bytes.
-        for budget in ((low + found.peaks[best]) // 2, found.peaks[best] - 1):
-            found.chained(budget, cutoff)
-            reruns = EvictionSearch(found.dag, budget, cutoff).fastest(found.seeds(budget))
-            if reruns is not None:
-                best = found.note(reruns)
-                break
-            cutoff.check()
-            low = max(low, budget)
