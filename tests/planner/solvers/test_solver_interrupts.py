@@ -253,7 +253,7 @@ def test_an_interruption_while_a_bound_is_worked_out_returns_what_is_known_to_fi
     made = planner.plan(budget, policy=policy)
     assert made.train is not None
     assert (made.any_schedule_bound_seconds, made.deterministic) == (planner.dag.once_seconds, False)
-    monkeypatch.setattr("tightfit.planner.graphs.incumbents.Incumbents.lower_by_eviction", interrupt)
+    monkeypatch.setattr("tightfit.planner.graphs.search.eviction_search.EvictionSearch.fastest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         planner.plan(planner.floor_bytes, policy=policy)
 
