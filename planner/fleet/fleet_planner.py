@@ -16,6 +16,7 @@ from tightfit.planner.fleet.kinds.rounds import WholeRounds
 from tightfit.planner.fleet.kinds.side import SidePlanner
 from tightfit.planner.fleet.kinds.split_rounds import SplitRounds
 from tightfit.planner.fleet.options import FEDERATED, FleetOptions
+from tightfit.planner.fleet.part_plans import no_time
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.option_fields import keywords_of
@@ -77,8 +78,10 @@ def _shorter(described: DescribedFleet, asked: FleetOptions) -> tuple[FleetPlan,
         return data, plans, "data parallel: the model cannot be cut"
     if data is not None and least is not None and least >= data.makespan_seconds:
         return data, plans, f"{alone}: no pipeline takes less than {format_seconds(least)}"
+    left = asked.time_limit - (time.monotonic() - started)
+    if data is not None and left <= 0:
+        return data, plans, f"{alone}: {no_time('a pipeline')}"
     try:
-        left = max(1.0, asked.time_limit - (time.monotonic() - started))
         pipeline, stages = PipelinePlanner(described, asked.but(time_limit=left)).plan()
     except InfeasibleError:
         if data is None:

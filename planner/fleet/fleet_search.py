@@ -38,7 +38,14 @@ from tightfit.planner.fleet.bounds import (
     terms,
 )
 from tightfit.planner.fleet.clock import Station, SumStation, agree, play, play_sum
-from tightfit.planner.fleet.part_plans import ALWAYS, AlonePlans, KnownStage, MemberPlans, while_there_is_time
+from tightfit.planner.fleet.part_plans import (
+    ALWAYS,
+    LEAST_SECONDS,
+    AlonePlans,
+    KnownStage,
+    MemberPlans,
+    while_there_is_time,
+)
 from tightfit.planner.fleet.part_profiles import exchange_bytes, slots_of
 from tightfit.planner.fleet.programs import Allotment, Joining, Taken, allot
 from tightfit.planner.fleet.schema import Link, Shelf
@@ -334,7 +341,7 @@ class SumSearch:
         """The answer of the integer program. Ways that are slower than the best chain are left out, so that where there
         is no better one the bound is its makespan.
         """
-        limit = min(PROGRAM_SECONDS, max(1.0, PROGRAM_SHARE * self._left()))
+        limit = min(PROGRAM_SECONDS, max(LEAST_SECONDS, PROGRAM_SHARE * self._left()))
         none = Allotment(taken=[], bound_seconds=self.makespan(self.best))
         try:
             found = allot(self._ways(members, sight), self.micro_batches, time_limit=limit, gap=PROGRAM_GAP)
@@ -662,8 +669,10 @@ class AloneSearch:
         """No member alone takes less."""
         return min(plans.bound(budget) for plans, budget in zip(self.plans, self.budgets))
 
-    def run(self, deadline: float) -> None:
-        """Plan members, until none that is left can be faster than those that have been planned."""
+    def run(self, deadline: float, *, needed: bool) -> None:
+        """Plan members, until none that is left can be faster than those that have been planned, or the time is over
+        and, if one is `needed`, one was found.
+        """
         order = sorted(
             range(len(self.plans)), key=lambda at: (self.plans[at].bound(self.budgets[at]), -self.budgets[at])
         )
@@ -672,7 +681,7 @@ class AloneSearch:
             larger = any(self.plans[other] is plans and self.budgets[other] >= budget for other in self._tried)
             if plans.bound(budget) < self.makespan and not larger:
                 left = deadline - time.monotonic()
-                if left <= 0 and self.best is not None:
+                if left <= 0 and (self.best is not None or not needed):
                     break
                 plans.plan(budget, left if len(order) == 1 else ALONE_SHARE * left)
                 self._tried.add(at)

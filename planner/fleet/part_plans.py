@@ -48,8 +48,8 @@ from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.engine.fleet.message import ring
 from tightfit.runtime.engine.training.job import RECEIVE, SEND
 
-LEAST_SECONDS = 0.5
-"""time limit of a plan, at least: a search that has no time finds nothing"""
+LEAST_SECONDS = 0.1
+"""time limit of a plan, at least: what is known at once of a model's schedules is found in any"""
 ALWAYS = 16
 """of what is to be planned for one fleet: so much is, however short the time"""
 Layers = tuple[int, int]
@@ -58,9 +58,9 @@ Layers = tuple[int, int]
 T = TypeVar("T")
 
 
-def no_time() -> str:
+def no_time(what: str = "it") -> str:
     """Why something was not planned."""
-    return f"there was no time to plan it; give {spelled('time_limit')} more"
+    return f"there was no time to plan {what}; give {spelled('time_limit')} more"
 
 
 def while_there_is_time(things: Sequence[T], until: float, always: int = ALWAYS) -> Iterator[tuple[T, float]]:
@@ -108,7 +108,7 @@ class RoomPlans(Generic[K]):
             return
         limit, fits = max(LEAST_SECONDS, time_limit), True
         with suppress(TimeoutError):
-            fits = not bounded or self.planner.bound(room, time_limit=limit) is not None
+            fits = not bounded or time_limit < LEAST_SECONDS or self.planner.bound(room, time_limit=limit) is not None
         made = self.planner.plan(room, time_limit=limit, gap=self.gap) if fits else None
         if made is not None and made.train is not None:
             self.found[room] = self._kept(made)

@@ -8,6 +8,8 @@ layer, whose decision covers it, or has a fixed lifetime that is the same in eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from tightfit.planner.problem.clipping import accumulate_seconds, clipped_seconds
@@ -215,11 +217,9 @@ class _Splitter:
             types=tuple(types),
             layer_type=tuple(layer_type),
             constant_bytes=sum(aligned(storages[name].bytes) for name in always),
-            across_forward=tuple(self._across(layer, layer, self.last_window) for layer in range(self.count)),
-            across_backward=tuple(
-                self._across(layer, 2 * self.count - 1 - layer, self.last_window) for layer in range(self.count)
-            ),
-            across_evaluate=tuple(self._across(layer, layer, self.last_forward) for layer in range(self.count)),
+            across_forward=tuple(self._across(layer, layer) for layer in range(self.count)),
+            across_backward=tuple(self._across(layer, 2 * self.count - 1 - layer) for layer in range(self.count)),
+            across_evaluate=tuple(self._across(layer, layer, evaluate=True) for layer in range(self.count)),
             always=tuple(always),
             moving=self.moving,
             workspace_bytes=max(
@@ -241,16 +241,34 @@ class _Splitter:
         """The last window in which the storage is resident in every plan, without what its owner decides."""
         return self.last_forward[name] if name in self.owner else last_windows[name]
 
-    def _across(self, layer: int, window: int, last_windows: dict[str, int]) -> int:
-        touched = self._touched(layer, window)
-        return sum(
+    @cached_property
+    def across_windows(self) -> dict[bool, list[int]]:
+        """Bytes by window of what lives before and after it; True: in an evaluation, which ends with the forward."""
+        result: dict[bool, list[int]] = {}
+        for evaluate, last_windows in ((False, self.last_window), (True, self.last_forward)):
+            changes = [0] * (2 * self.count + 1)
+            for name, first_window in self.made_in.items():
+                last = min(2 * self.count, self._last_across(name, last_windows))
+                if first_window + 1 < last:
+                    changes[first_window + 1] += aligned(self.graph.storages[name].bytes)
+                    changes[last] -= aligned(self.graph.storages[name].bytes)
+            result[evaluate] = list(accumulate(changes))
+        return result
+
+    def _last_across(self, name: str, last_windows: dict[str, int]) -> int:
+        """The same for what can lie across windows; -1 for what cannot."""
+        made_backward = last_windows is self.last_forward and self.made_in[name] >= self.count
+        return -1 if made_backward or not self.lives(name) else self._last_window(name, last_windows)
+
+    def _across(self, layer: int, window: int, *, evaluate: bool = False) -> int:
+        """Bytes that live before and after a window of the layer and are not touched in it."""
+        last_windows = self.last_forward if evaluate else self.last_window
+        touched = sum(
             aligned(self.graph.storages[name].bytes)
-            for name, first_window in self.made_in.items()
-            if self.lives(name)
-            and name not in touched
-            and first_window < window < self._last_window(name, last_windows)
-            and (last_windows is self.last_window or first_window < self.count)
+            for name in self._touched(layer, window)
+            if name in self.made_in and self.made_in[name] < window < self._last_across(name, last_windows)
         )
+        return self.across_windows[evaluate][window] - touched
 
     def _describe(self, layer: int) -> LayerType:
         local: dict[str, str] = {}
@@ -327,7 +345,7 @@ class _Splitter:
             tiles=tiles,
             tile_length=length,
             alike=alike | self._alike_weights(layer, layer_weights),
-            across_evaluate=self._across(layer, forward_window, self.last_forward) if self.apart else 0,
+            across_evaluate=self._across(layer, forward_window, evaluate=True) if self.apart else 0,
         )
 
     def _tiles(self, layer: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from tightfit.runtime.cli.options import (
     FleetFolder,
     Json,
     answering,
+    left_of,
     read,
     with_options,
 )
@@ -58,6 +60,7 @@ def plan(
     """Share the micro-batches of a step, the layers of the model, or the steps of a round, among devices, and plan each
     one's part, so that a step or a round is as short as can be.
     """
+    started = time.monotonic()
     asked = read(FleetOptions, options)
     enough_for_a_solver()
     from tightfit.planner.fleet.description import read_description
@@ -71,7 +74,8 @@ def plan(
     check_writable(output / FILE)
     console = messages()
     with Interrupts() as interrupts, SolvingDisplay(console, asked.time_limit) as solving:
-        planned, plans, why = plan_fleet(described, **dict(asked.but(progress=solving)))
+        left = left_of(asked.time_limit, started)
+        planned, plans, why = plan_fleet(described, **dict(asked.but(progress=solving, time_limit=left)))
     if why is not None:
         console.print(why)
     if interrupts.seen:

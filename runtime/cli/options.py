@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import sys
+import time
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -63,6 +64,15 @@ Cgroup = Annotated[
     bool,
     typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
 ]
+
+
+LEAST_LIMIT = 0.01
+"""seconds of a search, at least: what is known at once is found in any"""
+
+
+def left_of(time_limit: float, started: float) -> float:
+    """Seconds that loading has left of a time limit, since `started` on the monotonic clock."""
+    return max(LEAST_LIMIT, time_limit - (time.monotonic() - started))
 
 
 _following: ContextVar[bool] = ContextVar("following", default=True)

@@ -23,6 +23,7 @@ from tightfit.runtime.cli.options import (
     Json,
     Server,
     answering,
+    left_of,
     next_command,
     read,
     service,
@@ -258,6 +259,7 @@ def _plan_here(
     what_if: bool,
 ) -> tuple[Plan, Explanation]:
     """Make the plan and its explanation; with `what_if`, the latter says what more or less memory is worth."""
+    started = time.monotonic()
     check_planning(profile, budget, options)
     from tightfit.planner.plan import planner_of
     from tightfit.planner.report.explanation import account
@@ -265,8 +267,8 @@ def _plan_here(
     from tightfit.planner.report.marginal_value import what_if as check
 
     planner, time_limit, gap = planner_of(profile), options.seconds, options.gap
-    started = time.monotonic()
-    planned = planner.plan(budget, policy=options.policy, time_limit=options.time_limit, gap=gap, progress=solving)
+    limit = None if options.time_limit is None else left_of(time_limit, started)
+    planned = planner.plan(budget, policy=options.policy, time_limit=limit, gap=gap, progress=solving)
     # The plan is there already: a Ctrl-C from here on only leaves out what would be added to its explanation.
     with contextlib.suppress(KeyboardInterrupt):
         if what_if and planned.fits and planned.policy == "solver" and not interrupts.seen:

@@ -4,14 +4,19 @@ are the same to the byte, and more time never gives a slower plan.
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import pytest
+from layered_graph import layered
 from synthetic import REAL, decoder_like, device, small_chain
 from ticking import Stopping, Ticking
 
 from tightfit.planner import plan_result
 from tightfit.planner.cutoff import LONGEST, NEVER, Cutoff
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import until_known
+from tightfit.profiles.graph_input import graph_profile
 
 MIB = 1 << 20
 
@@ -19,10 +24,26 @@ MIB = 1 << 20
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def decoder(request):
     """(profile of a small decoder, budgets from the smallest on)"""
-    profile = decoder_like(request.param, tokens=128, slices=3, on=device(**REAL))
+    return _decoder(request.param)
+
+
+@cache
+def _decoder(layers):
+    profile = decoder_like(layers, tokens=128, slices=3, on=device(**REAL))
     planner = ModelPlanner(profile)
     least = planner.minimum_bytes(time_limit=60)
     return profile, [int(times * least) for times in (1.0, 1.05, 1.3)]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow), "graph"])
+def searched(request):
+    """(makes a planner of a profile; budgets that fit)"""
+    if request.param != "graph":
+        profile, budgets = _decoder(request.param)
+        return partial(ModelPlanner, profile), budgets[1:]
+    profile = graph_profile(layered(30, seed=1, training=True))
+    keep_all = GraphPlanner(profile).keep_all_bytes
+    return partial(GraphPlanner, profile), [int(share * keep_all) for share in (0.6, 0.8)]
 
 
 def test_a_cutoff_counts_down_and_strikes_once_and_for_all():
@@ -42,25 +63,25 @@ def test_a_cutoff_counts_down_and_strikes_once_and_for_all():
 @pytest.mark.parametrize(
     "clock", [lambda: Ticking(1e-6), lambda: Ticking(0.01, 10.0), Stopping], ids=["slow", "jumping", "stopping"]
 )
-def test_a_plan_whose_search_ends_by_itself_does_not_depend_on_the_clock(decoder, clock):
-    profile, budgets = decoder
-    for budget in budgets[1:]:
-        usual = ModelPlanner(profile).plan(budget, time_limit=3600)
-        other = ModelPlanner(profile, now=clock()).plan(budget, time_limit=LONGEST)
+def test_a_plan_whose_search_ends_by_itself_does_not_depend_on_the_clock(searched, clock):
+    planner, budgets = searched
+    for budget in budgets:
+        usual = planner().plan(budget, time_limit=3600)
+        other = planner(now=clock()).plan(budget, time_limit=LONGEST)
         assert usual.deterministic
         assert other.deterministic
         assert other.fingerprint == usual.fingerprint
 
 
 @pytest.mark.parametrize("tick", [0.05, 0.3])
-def test_more_time_never_gives_a_slower_plan_and_no_limit_is_passed(decoder, tick):
+def test_more_time_never_gives_a_slower_plan_and_no_limit_is_passed(searched, tick):
     """Every limit by a planner of its own."""
-    profile, budgets = decoder
+    planner, budgets = searched
     cut = False
-    for budget in budgets[1:]:
+    for budget in budgets:
         seconds, ended = [], []
         for limit in (1, 2, 4, 8, 16, 32, 64):
-            made = ModelPlanner(profile, now=Ticking(tick)).plan(budget, time_limit=limit)
+            made = planner(now=Ticking(tick)).plan(budget, time_limit=limit)
             assert made.fits
             assert made.peak_bytes <= budget
             assert made.solve_seconds <= 1.1 * limit + 2

@@ -84,7 +84,7 @@ class SumPlanner(StepPlanner):
     def search(self) -> None:
         self.together.deadline = self.until(SEARCH_SHARE)
         self.together.run()
-        self.alone.run(self.until(1.0))
+        self.alone.run(self.until(1.0), needed=self.together.best is None)
 
     def bound(self, fleet: FleetPlan) -> float:
         return min(self.together.bound, self.alone.bound)

@@ -21,7 +21,7 @@ from tightfit.planner.fleet.members import (
     trained_tensors,
 )
 from tightfit.planner.fleet.options import FleetOptions
-from tightfit.planner.fleet.part_plans import ALWAYS, StagePlans, no_time, while_there_is_time
+from tightfit.planner.fleet.part_plans import StagePlans, no_time, while_there_is_time
 from tightfit.planner.fleet.parts import passed_of
 from tightfit.planner.fleet.schema import Baseline, FleetPlan, Part, Replica
 from tightfit.planner.fleet.simulate import own_layers
@@ -154,7 +154,7 @@ class PipelinePlanner(StepPlanner):
         names, layers = self.names, self.candidates[0].plans.layers
         division = self._equal()
         search = self._division_search(self.until((1 + SEARCH_SHARE) / 2))
-        late = len(division) > ALWAYS and time.monotonic() > search.deadline
+        late = time.monotonic() > search.deadline
         made = None if late else search.attempt(division)
         unfit = [names[held.candidate] for held in division if not self._may_hold(held)]
         equal = Baseline(
@@ -166,7 +166,7 @@ class PipelinePlanner(StepPlanner):
         search = self._division_search(self.until(1.0))
         bounds = DivisionBounds(self.candidates, self.micro_batches)
         whole = sorted(((Held(at, 0, layers),) for at in range(len(names))), key=bounds.bound)
-        tried = [search.attempt(one) for one, _ in while_there_is_time(whole, search.deadline)]
+        tried = [search.attempt(one) for one, _ in while_there_is_time(whole, search.deadline, always=0)]
         alone, working, reason = search.best, dict.fromkeys(names, 0), None
         if alone is not None:
             working[names[alone.division[0].candidate]] = layers
