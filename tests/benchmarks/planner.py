@@ -8,11 +8,13 @@ PyTorch's activation memory budget solvers (`torch._functorch`) save, weights un
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,16 +24,27 @@ from rich.table import Table
 sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 
 import tables
+from layered_graph import layered
 from shapes import decoder_profile
 
 from tightfit.planner.compare import compare
+from tightfit.planner.fleet.description import DescribedFleet
+from tightfit.planner.fleet.fleet_planner import plan_fleet
+from tightfit.planner.fleet.members import MemberSpec
+from tightfit.planner.fleet.schema import FleetPlan, Link
+from tightfit.planner.graphs.graph_planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_types import LayeredStep
 from tightfit.planner.schedule.column_bytes import charged_bytes
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.realize import realize
 from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import SearchProgress
 from tightfit.planner.solve.policies import POLICIES, checkpoint_layers, mebp, rule_columns
+from tightfit.profiles.devices.data_sheets import find_device
+from tightfit.profiles.devices.estimate import estimate_profile
+from tightfit.profiles.graph_input import graph_profile
+from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.units import MIB, format_size
 
 SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)
@@ -74,6 +87,14 @@ OVER_TIME: dict[str, tuple[int, int, dict[str, Any], tuple[int, ...]]] = {
     ),
 }  # fmt: skip
 """name -> (layers, tokens, fields of the config beside those of Qwen2.5-3B, budgets in MiB)"""
+GRAPHS_OVER_TIME = ((100, False, 0.8), (100, True, 0.6), (400, False, 0.8), (400, True, 0.8))
+"""of bare graphs: operators, whether with a backward, and the budget in shares of what keeping everything takes"""
+FLEETS_OVER_TIME = ("0.5 B", "3 B")
+FLEET = {"zen5-2core": 900, "zen4-2core": 700, "zen3-2core": 500, "raspberry-pi-5": 400}
+"""the devices of a fleet, with their budgets in MiB"""
+LINK = Link(up_bytes_per_second=125e6, down_bytes_per_second=125e6, latency_seconds=1e-4)
+CARRIED_OUT = ("carried out", "fits", "improved and bounded", "sharing out micro-batches", "cutting the model")
+"""stages of searches at which the best plan is one that can be carried out"""
 WITHIN = (0.01, 0.003)
 """gaps to the last bound of a search, of which is said when its best plan was that near"""
 
@@ -351,47 +372,84 @@ def within_limits(layers: int, report: tables.Report) -> list[dict[str, Any]]:
     return rows
 
 
+def searches() -> Iterator[tuple[str, str, Callable[[float, SearchProgress], Plan | FleetPlan]]]:
+    """What is searched over time: a name, the budget, and the search of a planner that knows nothing yet."""
+    for name, (layers, seq, config, budgets) in OVER_TIME.items():
+        profile = decoder_profile(layers, seq=seq, **config)
+        for budget in budgets:
+
+            def of_model(limit: float, note: SearchProgress, profile: Profile = profile, budget: int = budget) -> Plan:
+                return ModelPlanner(profile).plan(budget * MIB, time_limit=limit, progress=note)
+
+            yield name, f"{budget} MiB", of_model
+    for count, training, share in GRAPHS_OVER_TIME:
+        graph = graph_profile(layered(count, training=training))
+        budget = int(share * GraphPlanner(graph).keep_all_bytes)
+
+        def of_graph(limit: float, note: SearchProgress, profile: Profile = graph, budget: int = budget) -> Plan:
+            return GraphPlanner(profile).plan(budget, time_limit=limit, progress=note)
+
+        yield f"graph of {count}{', training' if training else ''}", f"{share:.0%}", of_graph
+    for name in FLEETS_OVER_TIME:
+        layers, seq, config, _ = OVER_TIME[name]
+        profile = decoder_profile(layers, seq=seq, **config)
+        members = [
+            MemberSpec(
+                name=device,
+                profile=estimate_profile(profile, find_device(device)),
+                budget_bytes=budget * MIB,
+                link=LINK,
+            )
+            for device, budget in FLEET.items()
+        ]
+        described = DescribedFleet(members=members, of_rounds=False, count=16)
+        for kind in ("data", "pipeline"):
+
+            def of_fleet(
+                limit: float, note: SearchProgress, described: DescribedFleet = described, kind: str = kind
+            ) -> FleetPlan:
+                return plan_fleet(described, kind=kind, time_limit=limit, progress=note)[0]
+
+            yield f"four devices, {name}", kind, of_fleet
+
+
 def over_time(time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
     """When searches that know nothing yet have their first plan, and one near their last bound, by the clock on the
     wall; and the primal integral: the mean gap of the best plan to that bound, times the seconds until the end, where a
     search without a plan is at a gap of 1 (Berthold 2013).
     """
     table = Table(
-        "model", "MiB", "first plan, s", *(f"within {gap:.1%}, s" for gap in WITHIN), "end, s", "gap", "integral, s"
+        "searched",
+        "budget",
+        "first plan, s",
+        *(f"within {gap:.1%}, s" for gap in WITHIN),
+        "end, s",
+        "gap",
+        "integral, s",
     )
     rows = []
-    for name, (layers, seq, config, budgets) in OVER_TIME.items():
-        profile = decoder_profile(layers, seq=seq, **config)
-        for budget in budgets:
-            told: list[dict[str, Any]] = []
-            begun = time.monotonic()
+    for name, budget, search in searches():
+        told: list[dict[str, Any]] = []
+        begun = time.monotonic()
 
-            def note(state: dict[str, Any], told: list[dict[str, Any]] = told, begun: float = begun) -> None:
-                if state["stage"] == "carried out":
-                    told.append(state | {"seconds": time.monotonic() - begun})
+        def note(state: dict[str, Any], told: list[dict[str, Any]] = told, begun: float = begun) -> None:
+            if state["stage"] in CARRIED_OUT and state["incumbent"] < math.inf:
+                told.append(state | {"seconds": time.monotonic() - begun})
 
-            made = ModelPlanner(profile).plan(budget * MIB, time_limit=time_limit, progress=note)
-            end = time.monotonic() - begun
-            found = [(state["seconds"], state["incumbent"]) for state in told]
-            near = [
-                next((at for at, seconds in found if seconds - made.bound_seconds <= gap * seconds), None)
-                for gap in WITHIN
-            ]
-            rows.append(
-                {
-                    "model": name,
-                    "budget_bytes": budget * MIB,
-                    "found": found,
-                    "near": near,
-                    "end": end,
-                    "gap": made.gap,
-                    "integral": primal_integral(found, made.bound_seconds, end),
-                    "deterministic": made.deterministic,
-                }
-            )
-            first = found[0][0] if found else None
-            cells = ["–" if at is None else f"{at:.1f}" for at in (first, *near)]
-            table.add_row(name, f"{budget}", *cells, f"{end:.1f}", f"{made.gap:.2%}", f"{rows[-1]['integral']:.2f}")
+        made = search(time_limit, note)
+        end = time.monotonic() - begun
+        found = [(state["seconds"], state["incumbent"]) for state in told]
+        near = [
+            next((at for at, seconds in found if seconds - made.bound_seconds <= gap * seconds), None) for gap in WITHIN
+        ]
+        integral = primal_integral(found, made.bound_seconds, end)
+        rows.append(
+            {"searched": name, "budget": budget, "found": found, "near": near, "end": end, "gap": made.gap}
+            | {"bound": made.bound_seconds, "integral": integral}
+        )
+        first = found[0][0] if found else None
+        cells = ["–" if at is None else f"{at:.1f}" for at in (first, *near)]
+        table.add_row(name, budget, *cells, f"{end:.1f}", f"{made.gap:.2%}", f"{integral:.2f}")
     report.table(table)
     return rows
 
