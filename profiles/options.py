@@ -146,6 +146,13 @@ class ProfileOptions(Options):
         primary=True,
     )
     beta: float | None = option(None, "How much the comparison weighs in the loss of pairs; default: 0.1.", gt=0)
+    ignore_state: Sequence[Annotated[str, Field(min_length=1, max_length=256)]] | None = option(
+        None,
+        "Attributes and variables of a module that its forward may change in Python, since they only count or are kept"
+        " for a log.",
+        metavar="NAMES",
+        max_length=64,
+    )
     accumulate: int = option(
         1,
         "Steps whose gradients make one update: a larger batch in the memory of a small one.",

@@ -378,6 +378,10 @@ class Model(FrozenRecord):
             " or why they were not compared"
         ),
     )
+    ignored_state: list[str] = Field(
+        default_factory=list,
+        description="modules: names of what the forward changes in Python and was let through; a step leaves it out",
+    )
     base: str | None = Field(None, description="precision asked for matrices: 4bit, 8bit or 16bit; None: the default")
     embeddings: str | None = Field(None, description="the same for the embedding and the head; None: as `base`")
     rounding: str | None = Field(None, description="in words: what packing did to the values of the frozen weights")

@@ -86,6 +86,7 @@ def _verdict(plan: Plan, commands: bool) -> list[str]:
         _headline(plan),
         *_gradient(plan, commands),
         *_optimizer(plan),
+        *_let_through(plan),
         *_comparison(plan),
         _proof(plan),
         *_rehearsal(plan),
@@ -166,6 +167,12 @@ def _gradient(plan: Plan, commands: bool) -> list[str]:
     if plan.accumulate > 1:
         return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
+
+
+def _let_through(plan: Plan) -> list[str]:
+    """What the module's forward changes in Python, and the steps leave out, since the user let it through."""
+    names = plan.model.ignored_state
+    return [f"let through: {', '.join(names)}, which forward changes in Python and a step does not"] if names else []
 
 
 def _optimizer(plan: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.fold import constant_made
 from tightfit.profiles.tracing.loss_function import loss_maker
+from tightfit.profiles.tracing.own_state import code_run, digest_of_code
 from tightfit.profiles.tracing.trace import trace
 from tightfit.profiles.tracing.traced import Trace
 from tightfit.profiles.weights.source import Source
@@ -43,12 +44,14 @@ class ModuleStep(ProfiledStep):
     def __init__(self, source: Source, options: ProfileOptions) -> None:
         super().__init__(source, options)
         self._traced: Trace | None = None
+        self._ignored = options.ignore_state or ()
 
     def settings(self, report: Progress) -> list[Any]:
-        """Its code, and that of a loss_fn, is part of what the profile depends on: what was traced tells it."""
+        """Its code, and that of a loss_fn, is part of what the profile depends on."""
         traced = self.trace(report)
         parts = [part.model_dump() for part in (*traced.tensors, *traced.programs, *traced.layers)]
-        return [hashlib.sha256(json.dumps([parts, traced.loss]).encode()).hexdigest(), self.dtype]
+        digest = hashlib.sha256(json.dumps([parts, traced.loss]).encode()).hexdigest()
+        return [digest, self.dtype, self._code, sorted(self._ignored)]
 
     def trace(self, report: Progress) -> Trace:
         if self._traced is None:
@@ -61,7 +64,9 @@ class ModuleStep(ProfiledStep):
         if self.dtype != "float32":
             batches = [narrowed(module, batch, inputs, getattr(torch, self.dtype))[1] for batch in batches]
         names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(batches[0])}
-        traced = trace(module, names, progress=report)
+        with code_run() as code:
+            traced = trace(module, names, progress=report)
+        self._code = digest_of_code(code)
         if traced.token_losses is not None:
             raise InputError(f"{source.name}: {loss_maker(module)} must return one scalar loss, not 2 results")
         for tensor in traced.tensors:
@@ -71,7 +76,10 @@ class ModuleStep(ProfiledStep):
         self._module, self._batches = module, batches
         return traced
 
+    def model_fields(self) -> dict[str, Any]:
+        return super().model_fields() | {"ignored_state": sorted(self._ignored)}
+
     def comparison(self) -> GradientComparison:
         assert self._traced
         first, *others = self._batches
-        return GradientComparison(self.source.name, self._module, first, self._traced, others)
+        return GradientComparison(self.source.name, self._module, first, self._traced, others, self._ignored)

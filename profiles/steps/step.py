@@ -49,6 +49,11 @@ class ProfiledStep(ABC):
                 if value != ProfileOptions.model_fields[name].default and value not in ((), {}):
                     text = ", ".join(value) if isinstance(value, list | tuple) else value
                     raise InputError(f"{spelled(name)} {text}: {self.phrase.format(name=source.name)}{why}")
+        if options.ignore_state and self.kind != "module":
+            raise InputError(
+                f"{spelled('ignore_state')} {', '.join(options.ignore_state)}: {self.phrase.format(name=source.name)},"
+                " whose step is traced from its configuration and changes nothing in Python; leave the option out"
+            )
         self.dtype = options.dtype or self.default_dtype
         self.batch: Any = options.batch
         """samples of the step, once it is traced"""

@@ -28,8 +28,10 @@ from tightfit.profiles.tracing.eager_steps import (
     load,
     perturbed_step,
 )
+from tightfit.profiles.tracing.own_state import MOST_OBJECTS, shown
 from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.job import KEEP_STATE, kept_buffers
@@ -51,14 +53,21 @@ class GradientComparison:
 
     `request` takes the steps in PyTorch, before the measuring process starts, so that the two do not compete for cores;
     `conclude` compares, once that process has taken them. Both exchange tensors through files in `folder`: given, eager
-    and traced, each with the number of the step. `others` are batches that the factory gave beside the sample.
+    and traced, each with the number of the step. `others` are batches that the factory gave beside
+    the sample, `ignored` the names of what its forward may change in Python.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, sample: Batch, traced: Trace, others: Sequence[Batch] = ()
+        self,
+        name: str,
+        module: nn.Module,
+        sample: Batch,
+        traced: Trace,
+        others: Sequence[Batch] = (),
+        ignored: Sequence[str] = (),
     ) -> None:
         self.name, self.module, self.traced = name, module, traced
-        self.steps = EagerSteps(name, module, sample, others)
+        self.steps = EagerSteps(name, module, sample, others, ignored=ignored)
         targets = {op.target for program in traced.programs for op in program.operators if not op.recomputable}
         self.random = sorted(targets - {KEEP_STATE})
         self.trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -114,6 +123,11 @@ class GradientComparison:
             report("compare", number + 1, STEPS)
 
         self.count = self.steps.take(write_step)
+        if unchanged := [name for name in self.steps.look.ignored if name not in self.steps.look.let_through]:
+            raise InputError(
+                f"{self.name}: {spelled('ignore_state')} has {unchanged[0]}, which its forward does not change;"
+                " leave it out"
+            )
         return {
             "folder": str(folder),
             "steps": self.count,
@@ -168,6 +182,13 @@ class GradientComparison:
             )
         if not self.steps.copied:
             notes.append("the module cannot be copied, so that no step was taken by one without a history")
+        if self.steps.filled:
+            notes.append(f"its forward fills {shown(self.steps.filled)} in the first call, the same for every batch")
+        look = self.steps.look
+        if look.let_through:
+            notes.append(f"let through: its forward changes {', '.join(sorted(look.let_through))}")
+        if look.ended:
+            notes.append(f"of what its forward may change {MOST_OBJECTS:,} objects were looked at, and not all")
         return "; ".join(notes)
 
     def _unexplained(self, own: EagerResult, theirs: EagerResult, folder: Path, number: int) -> dict[str, float]:

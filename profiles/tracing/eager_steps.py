@@ -18,15 +18,11 @@ from torch.utils import _pytree as pytree
 
 from tightfit.profiles.tracing.loss_function import loss_maker
 from tightfit.profiles.tracing.own_code import own_traceback
+from tightfit.profiles.tracing.own_draws import draws_watched, refuse_draws
 from tightfit.profiles.tracing.own_dropout import dropout_off
-from tightfit.profiles.tracing.own_state import (
-    advance_counters,
-    changed_attributes,
-    draws_watched,
-    refuse_draws,
-    state_copy,
-)
+from tightfit.profiles.tracing.own_state import Look, State, last_name, shown, state_copy, within
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.option_names import spelled
 
 Batch = tuple[Tensor, ...]
 STEPS = 3
@@ -46,8 +42,6 @@ MOST_UNSTEADY = 1e-3
 """The largest difference between two calls that rounding may explain: random numbers that are drawn anew move results
 further.
 """
-COUNTED_ON = (1_000, 100_000)
-"""By what factors the growth of a module's counters is multiplied, to see whether results depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,18 +169,29 @@ class EagerSteps:
     """Steps of a module with updates by AdamW in between, each on another batch.
 
     They are taken by a copy, which shares parameters and buffers with `module`; these have their values again
-    afterwards. Each step is taken by a copy without a history, too: where the two differ, the module is refused.
-    Without `gradients` a step is a forward on the sample.
+    afterwards. Each step is taken by a copy without a history, too: where the two differ, or a step changes anything in
+    Python that outlives it, but for what `ignored` names, the module is refused. What the first step alone changes
+    passes, if it does not depend on the batch or the parameters. Without `gradients` a step is a forward on the sample.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, sample: Batch, others: Sequence[Batch] = (), *, gradients: bool = True
+        self,
+        name: str,
+        module: nn.Module,
+        sample: Batch,
+        others: Sequence[Batch] = (),
+        *,
+        gradients: bool = True,
+        ignored: Sequence[str] = (),
     ) -> None:
         self.name, self.module, self.sample, self.others, self.gradients = name, module, sample, others, gradients
         self.batches = ""
         """on what the steps were taken, in words"""
         self.copied = True
         """whether the module can be copied; if not, it takes the steps itself, and none is taken without a history"""
+        self.look = Look(ignored)
+        self.filled: list[str] = []
+        """what the first step alone changed in Python"""
 
     def take(self, on_step: OnStep = lambda *_: None) -> int:
         """Take the steps, calling `on_step` after each; again from the first if the module does not take batches that
@@ -216,12 +221,21 @@ class EagerSteps:
         module = self.module if pristine is None else _copied(pristine)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained) if trained else None
+        self.filled, filled = [], {}
         for number, batch in enumerate(batches):
             before = tensor_copies(module)
+            first = not number
             try:
-                fresh = None if pristine is None else self._step(_copied(pristine), batch, number, before)
-                load(module, before)
-                result = self._step(module, batch, number, before)
+                fresh, alone = None, {}
+                if pristine is not None:
+                    fresh_module = _copied(pristine)
+                    with self.look.following() if first else contextlib.nullcontext():
+                        fresh = self._step(fresh_module, batch, number, before)
+                    alone = self.look(fresh_module) if number == 1 else {}
+                    load(module, before)
+                earlier = self.look(module)
+                with self.look.following() if first and pristine is None else contextlib.nullcontext():
+                    result = self._step(module, batch, number, before)
             except StepError as error:
                 if not number:
                     raise
@@ -231,13 +245,20 @@ class EagerSteps:
                         f" step 1; see what it keeps from one step to the next\n{error.trace}"
                     ) from error
                 return number
+            later = self.look(module, code=pristine is not None or not first)
+            changed = self.look.changes(earlier, later)
+            if first:
+                self.filled, filled = changed, later
+            else:
+                self._refuse_changes(changed, number)
+            if number == 1:
+                self._refuse_dependent(filled, alone)
             if not result.finite:
                 if not number:
                     on_step(number, batch, before, result)
                 return max(1, number)
-            if pristine is not None and fresh is not None:
-                last = number == len(batches) - 1
-                self._refuse_history(number, batch, before, pristine, module, (result, fresh), last=last)
+            if fresh is not None and pristine is not None:
+                self._refuse_history(number, batch, before, pristine, module, (result, fresh), changed)
             on_step(number, batch, before, result)
             if optimizer is not None:
                 for name, parameter in module.named_parameters():
@@ -249,6 +270,29 @@ class EagerSteps:
     def _step(self, module: nn.Module, batch: Batch, number: int, before: Mapping[str, Tensor]) -> EagerResult:
         return eager_step(module, batch, seed=number, gradients=self.gradients, before=before)
 
+    def _refuse_changes(self, changed: Sequence[str], number: int) -> None:
+        """Raise InputError if step `number` has `changed` anything in Python."""
+        if changed:
+            names = ",".join(dict.fromkeys(map(last_name, changed[:3])))
+            raise InputError(
+                f"{self.name}: its forward changes {shown(changed)} in step {number + 1}, which outlives the call, and"
+                " a traced step leaves that out. Hand what changes from step to step (a factor, the number of the step)"
+                " over as a tensor of the batch, and begin every step without what the one before left. What only"
+                f" counts, or is kept for a log, is let through by name: {spelled('ignore_state')} {names}"
+            )
+
+    def _refuse_dependent(self, filled: State, alone: State) -> None:
+        """Raise InputError if what the first step filled is otherwise after a later step that a copy takes `alone`, or
+        if there is no copy.
+        """
+        apart = [path for path in self.filled if any(filled.get(at) != alone.get(at) for at in within(path, filled))]
+        if apart:
+            raise InputError(
+                f"{self.name}: its forward fills {shown(apart)} in the first call, with what depends on the batch or on"
+                " the parameters; a traced step would compute it anew in every step. Compute it before, and register it"
+                " as a buffer"
+            )
+
     def _refuse_history(
         self,
         number: int,
@@ -257,42 +301,24 @@ class EagerSteps:
         pristine: nn.Module,
         module: nn.Module,
         steps: tuple[EagerResult, EagerResult],
-        *,
-        last: bool,
+        changed: Sequence[str],
     ) -> None:
         """Raise InputError if the first of `steps`, taken by `module`, differs from the second, the same step of a copy
-        that took none before; after the `last` step also if the results change once counters are set as after many more
-        steps.
+        that took none before; `changed` is what the step changed in Python.
         """
-        result, fresh = steps
         after = {name: buffer.clone() for name, buffer in module.named_buffers()}
         load(module, before)
-        difference = self._difference(result, fresh, pristine, batch, number)
-        for times in COUNTED_ON if last else ():
-            advanced = state_copy(module)
-            if difference is None and advanced is not None and advance_counters(pristine, advanced, times):
-                with contextlib.suppress(StepError):
-                    advanced_result = self._step(advanced, batch, number, before)
-                    difference = self._difference(advanced_result, fresh, pristine, batch, number)
-                    difference = difference and f"{difference}, with its counters as after {times} times as many steps"
-                load(module, before)
+        difference = self._difference(*steps, pristine, batch, number)
         load(module, after)
         if difference is None:
             return
-        names = changed_attributes(pristine, module)
-        if names:
-            changed_names = ", ".join(names[:5])
-            raise InputError(
-                f"{self.name}: what a step computes depends on the steps before it (its forward changes"
-                f" {changed_names}), of which a traced step knows nothing: in step {number + 1}, beside a copy that"
-                f" took none of them, {difference}. Hand what changes from step to step (a factor, the number of the"
-                " step) over as a tensor of the batch, and begin every step without what the one before left"
-            )
+        reason = f"changes {shown(changed)}" if changed else "reads something that changes"
+        let_through = f" ({', '.join(self.look.let_through)} was let through)" if self.look.let_through else ""
         raise InputError(
             f"{self.name}: the same step gives other results when it is taken again: in step {number + 1} {difference}."
-            " Its forward reads something that changes and is no attribute of it, such as a global variable, a clock"
-            " or random numbers that are not PyTorch's; a traced step would keep what was read when it was traced."
-            " Hand it over as a tensor of the batch, or draw with PyTorch"
+            f" Its forward {reason}{let_through}, such as an attribute, a global variable, a clock or random numbers"
+            " that are not PyTorch's; a traced step would keep what was read when it was traced. Hand it over as a"
+            " tensor of the batch, or draw with PyTorch"
         )
 
     def _difference(

@@ -36,9 +36,9 @@ from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
 from tightfit.profiles.tracing.loss_function import loss_maker
 from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quiet_torch
+from tightfit.profiles.tracing.own_draws import draws_watched, seeding_refused
 from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropouts
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
-from tightfit.profiles.tracing.own_state import draws_watched, seeding_refused
 from tightfit.profiles.tracing.segments import Segment, connect, cut, kind_of, signature, single_operators
 from tightfit.profiles.tracing.tile_sums import fuse_sums, sums_in_place
 from tightfit.profiles.tracing.tiles import in_tiles

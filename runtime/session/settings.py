@@ -210,6 +210,7 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
         "max_grad_norm": plan.max_grad_norm,
         "policy": plan.policy,
         "plan_fingerprint": plan.fingerprint,
+        "ignored_state": plan.model.ignored_state,
         "base": {"source": plan.model.source, "rounding": plan.model.rounding},
     }
 

@@ -214,6 +214,7 @@ def build_report(
         "policy": planned["policy"],
         "plan_fingerprint": planned["plan_fingerprint"],
         "base": planned.get("base"),
+        "ignored_state": planned.get("ignored_state", []),
         "timeline": observed.timelines,
     }
     if observed.referred:

@@ -60,6 +60,8 @@ def report_text(report: dict[str, Any]) -> RenderableType:
                 f"norm {norms[0]:.3g} → {norms[-1]:.3g}, clipped to {limit:g} in {over} of {len(norms)} updates",
             )
         )
+    if names := report.get("ignored_state"):
+        rows.append(("let through", f"{', '.join(names)}, which forward changes in Python and no step did"))
     rows += _packing_rows(report)
     if report["adapter"]:
         rows.append((Path(report["adapter"]).name, str(report["adapter"])))

@@ -207,23 +207,23 @@ def normalised_again(module, x):
 
 
 AS_PYTORCH = "loss and gradients are PyTorch's in 3 steps of AdamW on different batches, exactly"
-STEPS_BEFORE = "what a step computes depends on the steps before it (its forward changes "
+CHANGES = "its forward changes "
 AGAIN = "the same step gives other results when it is taken again"
 KINDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any], str]] = {
     "a weight clamped in place under `no_grad`": (clamped, attribute(), "changes the parameter a.weight in its forward"),
     "the same by `weight.data`": (clamped_by_data, attribute(), "changes the parameter a.weight in its forward"),
     "weights clipped at the start of forward": (clipped, attribute(), "changes the parameter a.weight and 3 more in its forward"),
     "a frozen teacher that follows the student (EMA, BYOL)": (followed, add_teacher, "changes the parameter teacher.weight and 1 more in its forward"),
-    "a hidden state carried from batch to batch": (carried, attribute(hidden=None), STEPS_BEFORE + "hidden)"),
-    "the same in a list": (carried_in_a_list, lambda m: setattr(m, "hidden", []), STEPS_BEFORE + "hidden)"),
-    "a counter in Python that anneals a loss": (annealed, attribute(step=0), STEPS_BEFORE + "step)"),
-    "a curriculum that changes after a thousand steps": (switched, attribute(step=0), "with its counters as after 1000 times as many steps"),
-    "a loss divided by its running mean, an attribute": (averaged, attribute(mean=torch.ones(())), STEPS_BEFORE + "mean)"),
-    "a temperature in an object of one's own": (cooled, lambda m: setattr(m, "schedule", Schedule()), STEPS_BEFORE + "schedule)"),
+    "a hidden state carried from batch to batch": (carried, attribute(hidden=None), CHANGES + "hidden"),
+    "the same in a list": (carried_in_a_list, lambda m: setattr(m, "hidden", []), CHANGES + "hidden"),
+    "a counter in Python that anneals a loss": (annealed, attribute(step=0), CHANGES + "step"),
+    "a curriculum that changes after a thousand steps": (switched, attribute(step=0), CHANGES + "step"),
+    "a loss divided by its running mean, an attribute": (averaged, attribute(mean=torch.ones(())), CHANGES + "mean"),
+    "a temperature in an object of one's own": (cooled, lambda m: setattr(m, "schedule", Schedule()), CHANGES + "schedule.temperature"),
     "global variables": (counted_globally, attribute(), AGAIN),
     "`functools.lru_cache` of what changes": (looked_up, attribute(), AGAIN),
     "a clock": (timed, attribute(), AGAIN),
-    "a memory bank, a list": (banked, lambda m: setattr(m, "bank", []), STEPS_BEFORE + "bank)"),
+    "a memory bank, a list": (banked, lambda m: setattr(m, "bank", []), CHANGES + "bank"),
     "a queue of keys, a buffer (MoCo)": (queued, lambda m: m.register_buffer("queue", torch.randn(32, 8)), "changes the buffer queue in its forward"),
     "a codebook's running mean, a buffer (VQ-VAE)": (quantised, lambda m: m.register_buffer("book", torch.randn(4, 8)), "changes the buffer book in its forward"),
     "spectral norm": (lambda m, x: m.loss(m.a(x)), lambda m: nn.utils.parametrizations.spectral_norm(m.a), "changes the buffer a.parametrizations.weight.0._u in its forward"),
@@ -239,7 +239,7 @@ KINDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any], Any], st
     "running statistics of batch normalisation": (lambda m, x: m.loss(m.norm(m.a(x))), lambda m: m.add_module("norm", nn.BatchNorm1d(8)), AS_PYTORCH),
     "the same under `torch.utils.checkpoint`": (normalised_again, lambda m: m.add_module("norm", nn.BatchNorm1d(8)), "under torch.utils.checkpoint PyTorch changes the running statistics of norm twice in a step"),
     "a table made in the first call and kept": (made_once, attribute(mask=None), AS_PYTORCH),
-    "counters and losses kept for a log": (logged, attribute(step=0, last=None), AS_PYTORCH),
+    "counters and losses kept for a log": (logged, attribute(step=0, last=None), "let through by name"),
     "a batch changed in place": (changing_its_batch, attribute(), AS_PYTORCH),
 }  # fmt: skip
 """kind -> forward, what the module has beside two layers, and words of the refusal or of `Model.compared`."""
