@@ -132,7 +132,7 @@ def test_what_the_clock_left_behind_guides_no_plan_that_is_called_deterministic(
     planner.plan(int(0.98 * budget))
     assert asked[0] == "_early"
     with pytest.raises(TimeoutError):
-        planner.solver.bound(int(0.8 * budget), 0.0)
+        planner.solver.bound(int(0.8 * budget), Cutoff(0.0))
     asked.clear()
     planner.plan(int(0.96 * budget))
     assert asked[0] == "columns"
