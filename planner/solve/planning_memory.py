@@ -21,7 +21,7 @@ SOLVER_BYTES = 49 * MIB
 """OR-tools once it is loaded, its linear programs, a schedule that is carried out and a plan that is written"""
 STEP_BYTES = 4 << 10
 """of each operator of the step in schedules and plans"""
-SEARCH_BYTES = 50 * MIB
+SEARCH_BYTES = 60 * MIB
 """of the search beside the programs: columns, the master program, rounding, HiGHS itself, and CP-SAT, which packs the
 arena where that is hard
 """
