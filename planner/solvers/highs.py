@@ -27,8 +27,8 @@ def solve_silently(
 
     On one thread, so that the answer does not depend on the number of cores. If HiGHS reports as optimal a point that
     its own tolerances reject, MathOpt raises an error instead of a result; then Glop (linear programs) or SCIP (integer
-    programs) solves the model in the time left. Raises TimeoutError where no time is left, and KeyboardInterrupt at
-    once on Ctrl-C. HiGHS cannot be interrupted: after Ctrl-C, or where it overruns its time limit (TimeoutError), its
+    programs) solves the model in the time left. Raises TimeoutError where no time is left, or where neither takes the
+    model, as its numbers are beyond what they compute with; and KeyboardInterrupt at once on Ctrl-C. HiGHS cannot be interrupted: after Ctrl-C, or where it overruns its time limit (TimeoutError), its
     thread is abandoned and runs to its end.
     """
     if seconds <= 0:
@@ -50,7 +50,10 @@ def solve_silently(
         if rest <= dt.timedelta():
             raise TimeoutError from None
         parameters = replace(parameters, time_limit=rest) if integer else mathopt.SolveParameters(time_limit=rest)
-        return _solved(model, other_solver, parameters)
+        try:
+            return _solved(model, other_solver, parameters)
+        except (RuntimeError, ValueError, AttributeError) as refused:  # numbers beyond what a solver computes with
+            raise TimeoutError(f"neither HiGHS nor {other_solver.name} takes the model: {refused}") from None
 
 
 LATE_SHARE, LEAST_LATE, MOST_LATE = 0.5, 0.25, 1.0

@@ -13,6 +13,7 @@ import { action, complain, go, to } from "./addresses.js";
 import { choose } from "./sources.js";
 
 const LOOK = 1.5, ROUGH = 1.5, FINE = 15, LONG = 60; // seconds for a plan: to see where the curve lies, to sketch it, to draw it, to find a smaller one
+const SAME = 1e-3; // of a step: two times this near are the same to who waits for them
 const SKETCHED = 4, POINTS = 9; // budgets of the sketch and of the curve
 const SLIDER_STEPS = 400, MOST = Number.MAX_SAFE_INTEGER, LEAST = 1024, SPREAD = 5; // budgets apart by more than this factor lie on a scale of ratios
 const MORE = 50 * MIB;
@@ -100,7 +101,8 @@ async function explore(place) {
   const points = (name) => state.cells.filter((one) => one.policy === name && fits(one.summary)).map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
   const misfits = (name) => state.cells.filter((one) => one.policy === name && !fits(one.summary) && one.budget_bytes > 1).map((one) => ({ budget: one.budget_bytes, needs: one.summary.minimum_budget_bytes }));
   // The best plan that is made already: one for less memory fits in more, and may be as fast.
-  const bestFor = (budget, made = () => true) => points(state.policy).filter((point) => point.budget <= budget && made(point)).reduce((best, point) => (best && best.step < point.step ? best : point), null);
+  // The plan that serves a budget: the fastest of those that fit it, of about equal ones that of the largest budget.
+  const bestFor = (budget, made = () => true) => points(state.policy).filter((point) => point.budget <= budget && made(point)).reduce((best, point) => (best && best.step * (1 + SAME) < point.step ? best : point), null);
   // Points than which a smaller budget has none as fast.
   const undercut = (all) => all.filter((point, index) => all.slice(0, index).every((earlier) => earlier.step > point.step * (1 - 1e-9)));
   // The smallest budget that is enough for a policy's plans, as far as it is known.
@@ -211,7 +213,7 @@ async function explore(place) {
       if (!best.plan) return say(`Yes, it fits ${wanted}: at most ${seconds(best.step)} s a step.`, true);
       const proof = best.summary.policy === SOLVER ? sentence(nearness(best.summary)) : `Planned by the rule “${nameOfRule(name)}”`;
       if (mib(best.budget) === mib(budget)) return say(`Yes, it fits ${wanted}: ${seconds(best.step)} s a step.`, true, `${proof}; peak ${mib(best.peak)} MiB.`);
-      return say(`Yes, it fits ${wanted}: at most ${seconds(best.step)} s a step.`, true, `That is as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for.`);
+      return say(`Yes, it fits ${wanted}: at most ${seconds(best.step)} s a step.`, true, here ? `That is the plan for ${mib(best.budget)} MiB; the search at this budget found none as fast.` : `That is as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for.`);
     }
     if (!here && least === Infinity) return say(`${wanted}: nothing is known of it yet`, null);
     if (!here && budget >= least) return say(`Yes, it fits ${wanted}; how fast is not known yet.`, true);
@@ -340,7 +342,7 @@ async function explore(place) {
       if (status === "infeasible") return `${by}: nothing fits`;
       if (status === "unknown") return `${by}: no plan found`;
       if (price === null) return null;
-      return Math.abs(price) < 1e-3 * best.step ? `${by} change nothing that counts` : change > 0 ? `${by} save about ${seconds(-price)} s a step (${share(-price)})` : `${by} cost about ${seconds(price)} s a step (${share(price)})`;
+      return Math.abs(price) < SAME * best.step ? `${by} change nothing that counts` : change > 0 ? `${by} save about ${seconds(-price)} s a step (${share(-price)})` : `${by} cost about ${seconds(price)} s a step (${share(price)})`;
     }).filter(Boolean);
     const planned = more && more.budget > best.budget && more.step < best.step ? ` Planned at ${mib(more.budget)} MiB: ${seconds(best.step - more.step)} s a step less (${share(best.step - more.step)}).` : "";
     box.append(parts.length ? `What memory is worth here: ${parts.join("; ")}.` : "What would a little more memory be worth?", planned, " ");

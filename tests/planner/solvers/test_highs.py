@@ -101,7 +101,7 @@ def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
     now = itertools.count(0.0, 2.0)
     monkeypatch.setattr(highs.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(highs.mathopt, "solve", solve)
-    with pytest.raises(ValueError):
+    with pytest.raises(TimeoutError, match="takes the model"):
         highs.solve_silently(mathopt.Model(), 5.0)
     with pytest.raises(TimeoutError):
         highs.solve_silently(mathopt.Model(), 2.0)
@@ -133,3 +133,14 @@ print("after")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50)
     assert (done.stdout, done.stderr, done.returncode) == ("interrupted after\n", "", 0)
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_model_that_no_solver_takes_is_one_without_an_answer(integer):
+    """Callers go on with what they know, as where the time is up; they ended in MathOpt's own error."""
+    model = mathopt.Model()
+    one = model.add_variable(lb=0, ub=10, is_integer=integer)
+    model.minimize(one)
+    model.add_linear_constraint(float("nan") * one >= 3)
+    with pytest.raises(TimeoutError, match="takes the model"):
+        highs.solve_silently(model, seconds=5)
