@@ -28,8 +28,9 @@ def solve_silently(
     On one thread, so that the answer does not depend on the number of cores. If HiGHS reports as optimal a point that
     its own tolerances reject, MathOpt raises an error instead of a result; then Glop (linear programs) or SCIP (integer
     programs) solves the model in the time left. Raises TimeoutError where no time is left, or where neither takes the
-    model, as its numbers are beyond what they compute with; and KeyboardInterrupt at once on Ctrl-C. HiGHS cannot be interrupted: after Ctrl-C, or where it overruns its time limit (TimeoutError), its
-    thread is abandoned and runs to its end.
+    model, as its numbers are beyond what they compute with; and KeyboardInterrupt at once on Ctrl-C. HiGHS cannot be
+    interrupted: after Ctrl-C, or where it overruns its time limit (TimeoutError), its thread is abandoned and runs to
+    its end.
     """
     if seconds <= 0:
         raise TimeoutError
