@@ -83,6 +83,10 @@ class DeviceDescription(FrozenRecord):
         )
 
 
+ACCELERATORS = ("cuda", "gpu", "hip", "rocm", "mps", "xpu", "tpu")
+"""what PyTorch and its users call devices other than the processor"""
+
+
 def known_devices() -> list[DeviceDescription]:
     """Every device that comes with the package, sorted by name."""
     return [_load(path) for path in sorted(FOLDER.glob("*.json"))]
@@ -99,6 +103,12 @@ def find_device(name: str) -> DeviceDescription:
         return _load(FOLDER / f"{name}.json")
     if name.endswith(".json"):
         return _load(Path(name))
+    kind = name.partition(":")[0].lower()
+    if kind in ACCELERATORS:
+        raise InputError(
+            f"nothing runs on {name!r} yet: tightfit trains on this machine's cores (cpu); for a GPU it only plans,"
+            f" with estimated times: choose one of {', '.join(names)}, or a JSON file that describes a device"
+        )
     raise InputError(
         f"no device is called {name!r}; choose cpu (this machine, measured), one of {', '.join(names)} (estimated), or"
         " a JSON file that describes a device"

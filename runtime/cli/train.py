@@ -186,6 +186,10 @@ def _check(values: Mapping[str, Any]) -> None:
     """Raise InputError for options of the later stages that cannot be used, before the first stage takes its time."""
     if values["memory"] != AUTO:
         parse_size(values["memory"])
+    if values["device"] != "cpu":
+        from tightfit.profiles.devices.data_sheets import find_device
+
+        find_device(values["device"])
     from tightfit.runtime.session.beforehand import check_beforehand
 
     training = read(RunOptions, values, out=values["output"], resume=values["resume"], overwrite=values["overwrite"])

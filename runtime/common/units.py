@@ -15,6 +15,8 @@ from tightfit.runtime.common.errors import InputError
 KIB = 1 << 10
 MIB = 1 << 20
 LARGEST = (1 << 63) - 1
+FEWEST_UNSAID = 1_000_000
+"""bytes of a size from which on its unit may be left out: a smaller number is one of MiB whose unit was forgotten"""
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 RATES = "write 100Mbit/s, 1Gbit/s, 12.5MB/s (powers of 1000) or 12MiB/s (powers of 1024)"
 TIMES = "write 2ms, 150us or 0.5s"
@@ -43,7 +45,8 @@ _TIME = re.compile(rf"{_NUMBER}([a-zµμ]+)\s*", re.ASCII)
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``600MB``, ``1.5 GiB`` or ``367001600``; fractions of a byte are dropped.
 
-    Raises InputError, naming the value and the accepted forms, where `text` is anything else, zero or above 2^63 - 1.
+    Raises InputError, naming the value and the accepted forms, where `text` is anything else, zero or above 2^63 - 1,
+    or a number below `FEWEST_UNSAID` without a unit.
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None
@@ -54,6 +57,8 @@ def parse_size(text: str) -> int:
         raise InputError(f"{text!r} is no memory at all; {FORMS}")
     if size > LARGEST:
         raise InputError(f"{text!r} is more than any machine can address; {FORMS}")
+    if match[2] == "" and size < FEWEST_UNSAID:
+        raise InputError(f"{text!r} has no unit: {size}MiB? write {size}MiB, or {size}B for so few bytes")
     return size
 
 

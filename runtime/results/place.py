@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import remove, remove_orphans, sync_directory
 from tightfit.runtime.common.option_names import spelled
+from tightfit.runtime.common.run_folder import find_checkpoints
 from tightfit.runtime.common.units import format_size
 from tightfit.runtime.engine.training.adapter import WEIGHTS
 
@@ -23,9 +25,20 @@ MODEL_FILES = re.compile(r".*\.(json|safetensors|txt|model|jinja|tiktoken)|LICEN
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder of an adapter; of a run's folder the adapter in it."""
+    """The folder of an adapter; of a run's folder the adapter in it, or with a warning the last checkpoint of one that
+    was interrupted or is under way.
+    """
+    if (folder / WEIGHTS).is_file():
+        return folder
     inner = folder / "adapter"
-    return inner if not (folder / WEIGHTS).is_file() and (inner / WEIGHTS).is_file() else folder
+    if (inner / WEIGHTS).is_file():
+        return inner
+    for step, path in reversed(find_checkpoints(str(folder))):
+        if (checkpoint := Path(path)).joinpath(WEIGHTS).is_file():
+            message = f"the run in {folder} has not come to its end: what it had learned after step {step} is taken"
+            warnings.warn(f"{message}, its last checkpoint", UserWarning, stacklevel=2)
+            return checkpoint
+    return folder
 
 
 def check_replaceable(place: Path, *, folder: bool, overwrite: bool) -> None:

@@ -43,10 +43,11 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
     """Make the output directory and lock it against other runs; yields the descriptor that holds the lock. `held` is
     that of a lock which this process had before it became another program.
 
-    The lock is released when the block ends, or ends with a TightfitError. After any other exception it lasts until the
-    processes that inherited the descriptor have closed it. Raises InputError if the directory cannot be made or
-    written, or another run has it.
+    The lock is released when the block ends, or ends with a TightfitError; then the folders that were made for it are
+    removed where nothing is in them. After any other exception it lasts until the processes that inherited the
+    descriptor have closed it. Raises InputError if the directory cannot be made or written, or another run has it.
     """
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = held if held is not None else os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -63,6 +64,9 @@ def locked(directory: Path, held: int | None = None) -> Iterator[int]:
         try:
             yield descriptor
         except TightfitError:
+            with suppress(OSError):
+                for folder in made:  # the innermost first; one that holds something ends it
+                    folder.rmdir()
             _unlock(descriptor)
             raise
         _unlock(descriptor)

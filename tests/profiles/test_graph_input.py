@@ -263,10 +263,10 @@ def test_a_graph_that_takes_no_time_and_no_memory_is_compared(capsys, tmp_path):
     path = tmp_path / "graph.json"
     nothing = {"seconds": 0, "output_bytes": 0}
     path.write_text(json.dumps(graph(op("a", **nothing), op("b", "a", **nothing))))
-    code, out, _ = run(capsys, "compare", path, "--memory", "10,20")
+    code, out, _ = run(capsys, "compare", path, "--memory", "10B,20B")
     assert code == 0
     assert "keep-all, the fastest fixed rule that fits, needs 0.000 s." in " ".join(out.split())
-    code, out, _ = run(capsys, "compare", path, "--memory", "10,20", "--json", "--html", tmp_path / "c.html")
+    code, out, _ = run(capsys, "compare", path, "--memory", "10B,20B", "--json", "--html", tmp_path / "c.html")
     assert code == 0
     assert {plan["step_seconds"] for plan in json.loads(out)["plans"]} == {0.0}
     assert "needs 0.000 s." in (tmp_path / "c.html").read_text()
@@ -275,7 +275,7 @@ def test_a_graph_that_takes_no_time_and_no_memory_is_compared(capsys, tmp_path):
 def test_a_graph_of_the_longest_operators_is_planned_in_figures(capsys, tmp_path):
     path = tmp_path / "graph.json"
     path.write_text(json.dumps(graph(op("a", seconds=1e12), op("b", "a", seconds=1e12))))
-    code, out, _ = run(capsys, "plan", path, "--memory", "20", "-o", tmp_path / "plan.json", "--json")
+    code, out, _ = run(capsys, "plan", path, "--memory", "20B", "-o", tmp_path / "plan.json", "--json")
     assert (code, json.loads(out)["step_seconds"]) == (0, 2e12)
     assert json.loads(out)["gap"] == 0.0
 

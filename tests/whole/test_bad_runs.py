@@ -247,6 +247,12 @@ def test_ctrl_c_saves_says_where_and_resumes(tightfit, work, tmp_path):
     assert told["message"].startswith(f"interrupted after step {step}; everything is saved in {saved}, ")
     assert "--resume" in told["message"]
     assert not (out / "adapter").exists()
+    # What it had learned can be asked and merged before it goes on.
+    merged = tmp_path / "merged.gguf"
+    with pytest.warns(UserWarning, match=f"after step {step} is taken, its last checkpoint"):
+        code, said, err = tightfit("merge", out, "--format", "gguf", "--adapter-only", "-o", merged, "--json")
+    assert code == 0, err
+    assert json.loads(said)["adapter"] == str(saved)
     steps = step + 20
     assert tightfit(*run, steps, "-o", out, "--resume")[0] == 0
     assert tightfit(*run, steps, "-o", tmp_path / "whole")[0] == 0

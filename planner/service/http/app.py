@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Sequence
 from types import FrameType
 from typing import Any
@@ -131,10 +132,8 @@ def _serve_until_interrupted(settings: Settings, service: Service, context: ssl.
         ) from error
     host, port = listener.getsockname()[:2]
     scheme = "http" if context is None else "https"
-    log.info(
-        "serving",
-        extra={"url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
-    )
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
+    log.info("serving", extra={"url": url, "data": str(settings.data_dir)})
     if context is None and not loopback(settings.host):
         log.warning(
             "tokens pass in the clear: without --certificate, clients of tightfit send none but through an ssh tunnel"
@@ -149,6 +148,8 @@ def _serve_until_interrupted(settings: Settings, service: Service, context: ssl.
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             listener.listen(WAITING_CONNECTIONS)  # uvicorn has just made it as many as are accepted at once
+            if sys.stderr.isatty():  # after the log's lines, what a person looks for
+                sys.stderr.write(f"tightfit: open {url} in a browser; Ctrl-C ends the service\n")
 
     config = uvicorn.Config(
         app,

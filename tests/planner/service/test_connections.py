@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import pty
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +29,7 @@ from tightfit.planner.service.http.connections import Connections, loop_of, most
 from tightfit.planner.service.http.guard import Guard
 from tightfit.planner.service.http.tls import server_context
 from tightfit.planner.service.wire.settings import Settings
+from tightfit.runtime.common.interpreter import command, python_path
 
 PATIENCE = 30.0
 """seconds"""
@@ -347,3 +351,32 @@ def test_a_thousand_connections_that_wait_keep_nobody_out(tmp_path):
         assert service.stop() == 0
     assert {line["client"] for line in service.lines() if line["message"] == "request"} == {"127.0.0.1"}
     assert not [line for line in service.lines() if line["level"] == "error"]
+
+
+def test_a_person_at_a_terminal_is_told_what_to_open(tmp_path):
+    """As the last of what is printed at the start; between the lines of the log the address was overlooked."""
+    terminal, end = pty.openpty()
+    words = [
+        *command("tightfit.runtime.cli.main"),
+        "serve",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--port",
+        "0",
+        "--no-example",
+    ]
+    served = subprocess.Popen(
+        words, stderr=end, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": python_path()}
+    )
+    os.close(end)
+    try:
+        seen = b""
+        while b"Ctrl-C ends" not in seen:
+            seen += os.read(terminal, 4096)
+        line = next(line for line in seen.decode().splitlines() if line.startswith("tightfit: "))
+        address = line.removeprefix("tightfit: open ").split()[0]
+        assert httpx.get(address, follow_redirects=True).headers["content-type"].startswith("text/html")
+    finally:
+        served.kill()
+        served.wait()
+        os.close(terminal)

@@ -272,6 +272,12 @@ def test_an_unknown_name_lists_the_known_ones():
     assert "rtx-4090" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "MPS"])
+def test_a_gpu_is_refused_for_what_it_is(name):
+    with pytest.raises(InputError, match=f"nothing runs on '{name}' yet: .*for a GPU it only plans"):
+        find_device(name)
+
+
 def test_a_description_of_ones_own(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(made_up().model_dump_json())

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import (
+    FEWEST_UNSAID,
     KIB,
     LARGEST,
     MIB,
@@ -86,7 +87,16 @@ def test_rejects_more_than_an_address_space(text):
 
 @given(st.integers(1, LARGEST))
 def test_plain_bytes_round_trip(size):
-    assert parse_size(str(size)) == size
+    assert parse_size(f"{size}B") == size
+    assert size < FEWEST_UNSAID or parse_size(str(size)) == size
+
+
+@pytest.mark.parametrize("text", ["300", "1", str(FEWEST_UNSAID - 1)])
+def test_a_small_number_without_a_unit_is_asked_about(text):
+    """Nobody trains in 300 bytes: the plan was refused as one that does not fit them."""
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} has no unit: {text}MiB? write {text}MiB, or {text}B for so few bytes"
 
 
 @given(st.integers(1, 1 << 50))

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,19 @@ def test_the_results_of_a_finished_run_are_those_it_reported(tmp_path: Path) -> 
     assert done.answer() == (done.told("model"), True)
     (done.out / "model").rmdir()
     assert done.answer() == (done.told(), True)
+
+
+def refuse(folder: Path, *, writing: str | None = None) -> None:
+    with suppress(InputError), locked(folder):
+        if writing:
+            (folder.parent / writing).write_text("kept")
+        raise InputError("refused")
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    """But those that were there before, and those in which something is."""
+    refuse(tmp_path / "a" / "b")
+    refuse(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    refuse(tmp_path / "a" / "b", writing="log")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["log"]
