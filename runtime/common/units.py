@@ -15,7 +15,7 @@ from tightfit.runtime.common.errors import InputError
 KIB = 1 << 10
 MIB = 1 << 20
 LARGEST = (1 << 63) - 1
-FEWEST_UNSAID = 1_000_000
+FEWEST_UNSAID = 50_000
 """bytes of a size from which on its unit may be left out: a smaller number is one of MiB whose unit was forgotten"""
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 RATES = "write 100Mbit/s, 1Gbit/s, 12.5MB/s (powers of 1000) or 12MiB/s (powers of 1024)"
