@@ -100,9 +100,13 @@ async function explore(place) {
 
   const points = (name) => state.cells.filter((one) => one.policy === name && fits(one.summary)).map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
   const misfits = (name) => state.cells.filter((one) => one.policy === name && !fits(one.summary) && one.budget_bytes > 1).map((one) => ({ budget: one.budget_bytes, needs: one.summary.minimum_budget_bytes }));
-  // The best plan that is made already: one for less memory fits in more, and may be as fast.
-  // The plan that serves a budget: the fastest of those that fit it, of about equal ones that of the largest budget.
-  const bestFor = (budget, made = () => true) => points(state.policy).filter((point) => point.budget <= budget && made(point)).reduce((best, point) => (best && best.step * (1 + SAME) < point.step ? best : point), null);
+  // The best plan that is made already for a budget: one for less memory fits in more. Of those about as fast as the fastest it is the one
+  // for the largest budget.
+  function bestFor(budget, made = () => true) {
+    const fitting = points(state.policy).filter((point) => point.budget <= budget && made(point)), fastest = Math.min(...fitting.map((point) => point.step));
+    return fitting.findLast((point) => point.step <= fastest * (1 + SAME)) ?? null;
+  }
+
   // Points than which a smaller budget has none as fast.
   const undercut = (all) => all.filter((point, index) => all.slice(0, index).every((earlier) => earlier.step > point.step * (1 - 1e-9)));
   // The smallest budget that is enough for a policy's plans, as far as it is known.
