@@ -7,9 +7,9 @@ lifetimes only.
 
 Forward runs the layers in order; backward runs them in reverse. Where no backward follows, a layer with operators of
 phase `inference` runs those instead of its forward: they give the same results to the bit, without the tensors that
-only a backward reads. (Batch normalisation alone computes something else there: it takes its running statistics.) A
-layer's local values become global tensors through its `bindings`; a value without a binding is private to its layer and
-is called ``layer_name/value_name``.
+only a backward reads, and in a module of the user's own what it computes in eval mode. A layer's local values become
+global tensors through its `bindings`; a value without a binding is private to its layer and is called
+``layer_name/value_name``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROFILE_VERSION = 13
 """Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
 started under another version is not resumed."""
 
-MODULE_OPERATORS = 1
+MODULE_OPERATORS = 2
 """Raised, in place of the above, with every change of what operators compute that only modules have."""
 
 EXCHANGE = "exchange"
@@ -381,6 +381,10 @@ class Model(FrozenRecord):
     ignored_state: list[str] = Field(
         default_factory=list,
         description="modules: names of what the forward changes in Python and was let through; a step leaves it out",
+    )
+    other_evaluation: str | None = Field(
+        None,
+        description="modules: why an evaluation is not what the module computes in eval mode, and refused; None: it is",
     )
     base: str | None = Field(None, description="precision asked for matrices: 4bit, 8bit or 16bit; None: the default")
     embeddings: str | None = Field(None, description="the same for the embedding and the head; None: as `base`")

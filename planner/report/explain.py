@@ -230,9 +230,10 @@ def _served(plan: Plan, commands: bool) -> str:
 
 
 def _comparison(plan: Plan) -> list[str]:
-    """Which comparisons of a module's gradients with autograd were not made."""
-    comparison = plan.model.compared or ""
-    return [f"gradients of the module: {comparison}"] if comparison.startswith(NOT_COMPARED) else []
+    """Which comparisons of a module with PyTorch were not made, or failed."""
+    comparison, other = plan.model.compared or "", plan.model.other_evaluation
+    lines = [f"gradients of the module: {comparison}"] if comparison.startswith(NOT_COMPARED) else []
+    return [*lines, f"evaluations are refused: {other}"] if other else lines
 
 
 ENDS = {

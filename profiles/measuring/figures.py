@@ -32,6 +32,8 @@ def measured(
     """
     stored = (None, None) if store is None else (str(store.path), store.fingerprint)
     model = {"store": stored[0], "store_fingerprint": stored[1], "compared": figures["compared"]}
+    if figures["other_evaluation"]:
+        model["other_evaluation"] = figures["other_evaluation"]
     fields = dict(traced) | {
         "model": traced.model.model_copy(update=model),
         "tensors": [timed_tensor(tensor, figures) for tensor in traced.tensors],

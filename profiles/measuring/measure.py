@@ -50,6 +50,7 @@ def measure(
     - `busy_cores`: cores that other programs took meanwhile
     - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
     - `compared`: what the `comparison` concluded, or why it was not made; None without one
+    - `other_evaluation`: why an evaluation is not what the module computes in eval mode; None if it is, or is unknown
     - `held_bytes`, `predicted_bytes`: most that the processes which measured have held at once, and what was predicted
       of it
 
@@ -137,6 +138,7 @@ def measure(
             on_message=heard,
         )
     measured["compared"] = compared[0]
+    measured["other_evaluation"] = None if comparison is None else comparison.other_evaluation
     measured["predicted_bytes"] = room.predicted_bytes
     measured["quota_cores"] = quota_cores()
     _lengthen(measured, slowdown(threads, measured["quota_cores"]))

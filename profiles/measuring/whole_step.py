@@ -21,8 +21,10 @@ def run_step(
     returned: Sequence[str],
     *,
     seed: int = 0,
+    evaluate: bool = False,
 ) -> dict[str, Tensor]:
-    """Run forward and backward once; returns the tensors among `returned` (global names) that the step makes or keeps.
+    """Run forward and backward once, or with `evaluate` what a layer does where no backward follows; returns the
+    tensors among `returned` (global names) that the step makes or keeps.
 
     `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
     tensor that the step makes is freed after its last reader; what an operator reads and makes it writes in place.
@@ -31,12 +33,14 @@ def run_step(
     torch.default_generator.manual_seed(seed)
     no_draws = Draws()
     no_draws.step = None
+    present = {name: {operator["phase"] for operator in program["operators"]} for name, program in programs.items()}
+    phases = [("forward", layers), ("backward", layers[::-1])]
     steps = [
         (layer, operator)
-        for phase, order in (("forward", layers), ("backward", layers[::-1]))
+        for phase, order in (phases[:1] if evaluate else phases)
         for layer in order
         for operator in programs[layer["program"]]["operators"]
-        if operator["phase"] == phase
+        if operator["phase"] == ("inference" if evaluate and "inference" in present[layer["program"]] else phase)
     ]
 
     def global_name(layer: Mapping[str, Any], name: str) -> str:

@@ -350,16 +350,19 @@ def _occurrences(program: dict[str, Any], scratch: ScratchStores) -> list[tuple[
 
 def take_steps(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
     """Run whole steps, each on the tensors in the file `given` with its number and, where that lacks some, on those in
-    `given0`; write its loss, gradients and statistics to the file `traced` with its number.
+    `given0`; write its loss, gradients and statistics, and the loss of an evaluation before it, to the file `traced`
+    with its number.
     """
     from tightfit.profiles.measuring.whole_step import run_step
-    from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
+    from tightfit.profiles.tracing.tensor_files import EVALUATION, read_tensors, write_tensors
 
     folder, by_name = Path(step["folder"]), {program["name"]: program for program in programs}
     first = read_tensors(folder / "given0")
     for number in range(step["steps"]):
         tensors = first | read_tensors(folder / f"given{number}")
+        loss = run_step(step["layers"], by_name, dict(tensors), [step["loss"]], seed=number, evaluate=True)
         results = run_step(step["layers"], by_name, tensors, step["wanted"], seed=number)
+        results[EVALUATION] = loss[step["loss"]]
         write_tensors(folder / f"traced{number}", results)
         tensors.clear()
         results.clear()
@@ -512,6 +515,8 @@ def _make_tensors(program: dict[str, Any], placement: Placement, contents: str =
     positions = {args[index]["operand"]["value"] for args, index in places if args[index] is not None}
 
     def fill(tensor: Any) -> None:
+        if tensor.dtype.is_complex:
+            tensor = torch.view_as_real(tensor)
         if tensor.dtype.is_floating_point and contents == "normal":
             tensor.normal_(0.0, 0.05, generator=generator)
         elif tensor.dtype.is_floating_point:

@@ -43,6 +43,11 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
     entries, digest = {}, hashlib.sha256(json.dumps([VERSION, "module", source]).encode())
     for name, tensor in state_tensors.items():
         kind = "float32" if tensor.is_floating_point() else KINDS.get(tensor.dtype)
+        if tensor.is_complex():
+            raise InputError(
+                f"{source}: {name!r} has type {tensor.dtype}, and optimizers here update real numbers; hold it as real"
+                " and imaginary part, two parameters or buffers, and compute with torch.complex(self.real, self.imag)"
+            )
         if kind is None:
             raise InputError(
                 f"{source}: {name!r} has type {tensor.dtype}; parameters must be floating, buffers {', '.join(RAW)}"
@@ -119,6 +124,7 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
             " and a loss_fn"
         )
     module, batch, *loss_fn = returned
+    module = _uncompiled(module)
     inputs: int | None = None
     if loss_fn:
         batch, inputs = flat_batch(batch, f"{source}: the sample batch")
@@ -147,6 +153,19 @@ def build_with_batches(source: str, seed: int = 0) -> tuple[nn.Module, list[tupl
     batches = [tuple(tensor.clone() for tensor in as_trained(tensors, batch_name)) for tensors in (batch, *others)]
     layouts = [[(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in batches]
     return module, [tensors for tensors, layout in zip(batches, layouts, strict=True) if layout == layouts[0]], inputs
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module with every part that torch.compile made in place of the part that it was made of."""
+    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    while isinstance(module, compiled):
+        module = module._orig_mod
+    for part in module.modules():
+        part._compiled_call_impl = None
+        for name, child in part.named_children():
+            if isinstance(child, compiled):
+                part._modules[name] = _uncompiled(child)
+    return module
 
 
 def _first_batch(returned: Any) -> tuple[Any, list[Any]]:

@@ -15,7 +15,7 @@ from tightfit.profiles.steps.step import LORA, ProfiledStep
 from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.fold import constant_made
 from tightfit.profiles.tracing.loss_function import loss_maker
-from tightfit.profiles.tracing.own_state import code_run, digest_of_code
+from tightfit.profiles.tracing.own_state import digest_of_code
 from tightfit.profiles.tracing.trace import trace
 from tightfit.profiles.tracing.traced import Trace
 from tightfit.profiles.weights.source import Source
@@ -64,9 +64,8 @@ class ModuleStep(ProfiledStep):
         if self.dtype != "float32":
             batches = [narrowed(module, batch, inputs, getattr(torch, self.dtype))[1] for batch in batches]
         names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(batches[0])}
-        with code_run() as code:
-            traced = trace(module, names, progress=report)
-        self._code = digest_of_code(code)
+        traced = trace(module, names, progress=report, evaluated=True)
+        self._code = digest_of_code(traced.code)
         if traced.token_losses is not None:
             raise InputError(f"{source.name}: {loss_maker(module)} must return one scalar loss, not 2 results")
         for tensor in traced.tensors:
@@ -77,7 +76,9 @@ class ModuleStep(ProfiledStep):
         return traced
 
     def model_fields(self) -> dict[str, Any]:
-        return super().model_fields() | {"ignored_state": sorted(self._ignored)}
+        assert self._traced
+        other = self._traced.other_evaluation
+        return super().model_fields() | {"ignored_state": sorted(self._ignored), "other_evaluation": other}
 
     def comparison(self) -> GradientComparison:
         assert self._traced

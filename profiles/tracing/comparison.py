@@ -7,6 +7,7 @@ through the operators that a run calls (`tightfit.profiles.measuring.whole_step`
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tightfit.profiles.schema import NOT_COMPARED, Layer, Program
+from tightfit.profiles.schema import NOT_COMPARED, Layer, Operator, Program
 from tightfit.profiles.tracing.eager_steps import (
+    NOISE,
     STEPS,
     Batch,
     EagerResult,
@@ -28,13 +30,14 @@ from tightfit.profiles.tracing.eager_steps import (
     load,
     perturbed_step,
 )
+from tightfit.profiles.tracing.evaluation import in_eval_mode
 from tightfit.profiles.tracing.own_state import MOST_OBJECTS, shown
-from tightfit.profiles.tracing.tensor_files import read_tensors, write_tensors
+from tightfit.profiles.tracing.tensor_files import EVALUATION, read_tensors, write_tensors
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 from tightfit.runtime.common.progress import Progress
 from tightfit.runtime.common.units import format_size
-from tightfit.runtime.engine.training.job import KEEP_STATE, kept_buffers
+from tightfit.runtime.engine.training.job import DROPOUT, KEEP_STATE, kept_buffers
 from tightfit.runtime.supervision.spare_memory import free_memory
 
 if TYPE_CHECKING:
@@ -72,8 +75,12 @@ class GradientComparison:
         self.random = sorted(targets - {KEEP_STATE})
         self.trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.kept = kept_buffers(traced.layers, traced.programs)
+        self.other_evaluation = traced.other_evaluation
+        """why an evaluation is not what the module computes in eval mode, as far as is known yet"""
         self.twice: set[str] = set()
         """names of the buffers that PyTorch's backward changes a second time"""
+        self.evaluations: list[float] = []
+        """the losses of the steps' batches in eval mode, before each step"""
 
     @property
     def step_bytes(self) -> int:
@@ -120,6 +127,9 @@ class GradientComparison:
             write_tensors(folder / f"given{number}", inputs | samples)
             statistics = {name: eager.statistics.get(name, given[name]) for name in self.kept}
             torch.save([eager.loss, eager.gradients, statistics], folder / f"eager{number}")
+            if not number:
+                self.evaluations.clear()  # the steps may begin again
+            self._evaluate(number, batch, given)
             report("compare", number + 1, STEPS)
 
         self.count = self.steps.take(write_step)
@@ -132,8 +142,25 @@ class GradientComparison:
             "folder": str(folder),
             "steps": self.count,
             "layers": [layer.model_dump() for layer in self.traced.layers],
+            "loss": self.traced.loss,
             "wanted": [self.traced.loss, *self.kept, *(f"grad:{name}" for name in self.trained)],
         }
+
+    def _evaluate(self, number: int, batch: Batch, given: Mapping[str, Tensor]) -> None:
+        """Keep what the module returns in eval mode with the parameters and buffers `given`, with which it leaves it
+        as it is.
+        """
+        if self.other_evaluation:
+            return
+        after = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        load(self.module, given)
+        try:
+            with in_eval_mode(self.module):
+                eager = eager_step(self.module, batch, seed=number, gradients=False, dropout=True)
+            self.evaluations.append(eager.loss)
+        except InputError as error:
+            self.other_evaluation = f"in eval mode it fails: {str(error).splitlines()[-1]}"
+        load(self.module, after)
 
     def conclude(self, folder: Path) -> str:
         """Compare the results of the steps; returns in words how close they are.
@@ -143,6 +170,7 @@ class GradientComparison:
         largest = 0.0
         for number in range(self.count):
             traced = read_tensors(folder / f"traced{number}")
+            self._compare_evaluation(number, float(traced.pop(EVALUATION)))
             loss, statistics = float(traced.pop(self.traced.loss)), {name: traced.pop(name) for name in self.kept}
             gradients = {name.removeprefix("grad:"): gradient for name, gradient in traced.items()}
             ours = EagerResult(loss=loss, gradients=gradients, statistics=statistics)
@@ -191,6 +219,19 @@ class GradientComparison:
             notes.append(f"of what its forward may change {MOST_OBJECTS:,} objects were looked at, and not all")
         return "; ".join(notes)
 
+    def _compare_evaluation(self, number: int, traced: float) -> None:
+        if self.other_evaluation:
+            return
+        eager = self.evaluations[number]
+        far = abs(traced - eager) / max(abs(eager), NOISE)
+        if far > TOLERANCE and math.isfinite(eager):
+            drawn = sorted({op.target for program in self.traced.programs for op in _drawn(program)})
+            self.other_evaluation = (
+                f"the loss of {'the sample' if not number else f'batch {number + 1}'} is {eager:g} in eval mode in"
+                f" PyTorch, and {traced:g} here"
+                + (f"; it draws at random in eval mode, too ({', '.join(drawn)})" if drawn else "")
+            )
+
     def _unexplained(self, own: EagerResult, theirs: EagerResult, folder: Path, number: int) -> dict[str, float]:
         """`distances`, less what rounding explains where they are beyond the tolerances."""
         relative = distances(own, theirs)
@@ -210,6 +251,12 @@ class GradientComparison:
     @staticmethod
     def _beyond(relative: dict[str, float]) -> list[str]:
         return [name for name, far in relative.items() if not far <= (LOSS_TOLERANCE if name == "loss" else TOLERANCE)]
+
+
+def _drawn(program: Program) -> list[Operator]:
+    """What the program draws in an evaluation."""
+    operators = (program.operators[position] for position in program.inference)
+    return [op for op in operators if op.target.startswith(DROPOUT) or not (op.recomputable or op.target == KEEP_STATE)]
 
 
 def _in_double_precision(module: nn.Module, batch: Sequence[Tensor], *, seed: int) -> EagerResult | None:

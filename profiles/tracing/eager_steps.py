@@ -21,6 +21,7 @@ from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.profiles.tracing.own_draws import draws_watched, refuse_draws
 from tightfit.profiles.tracing.own_dropout import dropout_off
 from tightfit.profiles.tracing.own_state import Look, State, last_name, shown, state_copy, within
+from tightfit.profiles.tracing.unchecked import compile_off
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.option_names import spelled
 
@@ -81,9 +82,10 @@ def eager_step(
     *,
     seed: int = 0,
     gradients: bool = True,
+    dropout: bool = False,
     before: Mapping[str, Tensor] | None = None,
 ) -> EagerResult:
-    """One step of the module in PyTorch, without an update and without dropout, with torch's generator seeded with
+    """One step of the module in PyTorch, without an update and without `dropout`, with torch's generator seeded with
     `seed`.
 
     `before` are its parameters and buffers before the step (default: copies of them are made). Without `gradients` the
@@ -98,7 +100,8 @@ def eager_step(
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
             torch.set_grad_enabled(gradients),
-            dropout_off(),
+            contextlib.nullcontext() if dropout else dropout_off(),
+            compile_off(),
             draws_watched() as drawn,
         ):
             warnings.simplefilter("ignore")  # warnings of the user's own code are shown when they train

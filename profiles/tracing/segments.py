@@ -37,6 +37,17 @@ layer
 IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a segment does in an evaluation."""
+
+    module: fx.GraphModule
+    inputs: list[tuple[str, TensorKind, fx.Node]]
+    """name in the segment's program, kind, and a node of the same layout"""
+    text: str
+    """equal for segments that do the same"""
+
+
 @dataclasses.dataclass(kw_only=True)
 class Segment:
     name: str
@@ -47,9 +58,11 @@ class Segment:
     module: fx.GraphModule | None = None
     differentiable: list[bool] = dataclasses.field(default_factory=list)
     """Per output: whether it carries a gradient."""
+    evaluation: Evaluation | None = None
+    """None: its forward, less what dropout leaves out"""
 
 
-def _module_path(node: fx.Node) -> str:
+def path_of(node: fx.Node) -> str:
     """Where the module that calls a node stands in the model: ``model.layers.3.mlp``."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0] if stack else ""
@@ -57,7 +70,7 @@ def _module_path(node: fx.Node) -> str:
 
 def _layer_key(node: fx.Node) -> str | None:
     """The shortest module path that ends in an index: ``model.layers.3`` for anything inside that block."""
-    match = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", _module_path(node))
+    match = re.match(r"((?:.*?\.)??\d+)(?:\.|$)", path_of(node))
     return match.group(1) if match else None
 
 
@@ -67,7 +80,7 @@ def _cut(
     """A segment as it is, or, of more than `most` nodes, cut where the first `depth` names of their module paths
     change, and deeper where a piece is still larger; small pieces that follow each other stay together.
     """
-    paths = [_module_path(node).split(".") for node in nodes]
+    paths = [path_of(node).split(".") for node in nodes]
     if len(nodes) <= most or depth > max(map(len, paths)):
         return [(name, nodes)]
     pieces: list[tuple[str | None, list[fx.Node]]] = []
@@ -84,18 +97,22 @@ def _repeated_here(node: fx.Node) -> bool:
     return node.target in RESHAPES or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
 
 
-def cut(graph: fx.Graph, tiles: int = 1) -> list[Segment]:
-    """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut
-    further.
-    """
-    calls = [
+def calls_of(graph: fx.Graph) -> list[fx.Node]:
+    """The operators that segments consist of."""
+    return [
         node
         for node in graph.nodes
         if node.op == "call_function" and node.target not in IGNORED and not _repeated_here(node)
     ]
+
+
+def cut(graph: fx.Graph, tiles: int = 1) -> list[Segment]:
+    """The graph cut into segments wherever `_layer_key` changes from one node to the next; large ones are cut
+    further.
+    """
     segments = [
         Segment(name="", key=name, nodes=nodes)
-        for key, run in groupby(calls, _layer_key)
+        for key, run in groupby(calls_of(graph), _layer_key)
         for name, nodes in _cut(key, list(run), tiles * LARGEST_SEGMENT)
     ]
     occurrences: dict[str, int] = {}

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from tightfit.runtime.common.strict_json import from_json
 
+EVALUATION = "evaluation"
+"""name of the loss of an evaluation among the results of a step"""
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     flat = {name: _elements(tensor.detach()) for name, tensor in tensors.items()}

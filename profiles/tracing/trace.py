@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
+import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +28,12 @@ from torch._subclasses.fake_tensor import (
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.utils.rnn import PackedSequence
 
 from tightfit.profiles.schema import Layer, Operand, Operator, Program, TensorKind, Value
 from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
 from tightfit.profiles.tracing.eager_steps import EagerSteps, StepError, refuse_changed
+from tightfit.profiles.tracing.evaluation import in_eval_mode, with_evaluations
 from tightfit.profiles.tracing.fewer_saved import save_less
 from tightfit.profiles.tracing.fold import Role, constant_made, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
@@ -39,15 +43,23 @@ from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, quie
 from tightfit.profiles.tracing.own_draws import draws_watched, seeding_refused
 from tightfit.profiles.tracing.own_dropout import dropout_traced, number_dropouts
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, DetachWithoutGrad, gradients_refused, refuse_hooks
+from tightfit.profiles.tracing.own_state import code_run
 from tightfit.profiles.tracing.segments import Segment, connect, cut, kind_of, signature, single_operators
 from tightfit.profiles.tracing.tile_sums import fuse_sums, sums_in_place
 from tightfit.profiles.tracing.tiles import in_tiles
 from tightfit.profiles.tracing.traced import Trace, global_tensors
-from tightfit.profiles.tracing.unchecked import unchecked
+from tightfit.profiles.tracing.unchecked import compile_off, unchecked
 from tightfit.runtime.common.errors import InputError, TightfitError
 from tightfit.runtime.common.progress import Progress
 
 aten = torch.ops.aten
+_COPIES: dict[Any, Callable[..., Any]] = {
+    aten.view_as_real.default: aten.view_as_real_copy.default,
+    aten.view_as_complex.default: aten.view_as_complex_copy.default,
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
+}
+"""views that see other numbers than those which lie in memory -> what makes these numbers"""
 
 
 def trace(
@@ -58,23 +70,32 @@ def trace(
     inference: dict[Any, Callable[..., Any]] | None = None,
     progress: Progress | None = None,
     tiles: int = 1,
+    evaluated: bool = False,
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
 
     Trained parameters and the loss are float32; operators get parameters in the type that the module has them in.
     Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
     that require no gradient are frozen: matrices become weights, vectors constants. The module calls each repeated
-    block `tiles` times, one call after the other, on a part of the batch each. Raises InputError if the module cannot
-    be traced, or changes a buffer that is no running statistic.
+    block `tiles` times, one call after the other, on a part of the batch each. With `evaluated` it is traced in eval
+    mode, too, for what its layers do in an evaluation; without, that is their forward without dropout. Raises
+    InputError if the module cannot be traced, or changes a buffer that is no running statistic.
     """
     batch = {name: tensor.contiguous() for name, tensor in batch.items()}  # as a run writes it
     report = progress or (lambda stage, done, total: None)
     report("export", 0, 1)
-    graph, roles = _export(module, batch)
+    with code_run() as code:
+        graph, roles = _export(module, batch)
     report("export", 1, 1)
     _check_results(graph, loss_maker(module))
     _widen_loss(graph)
-    segments = cut(graph, tiles)
+    segments, other_evaluation = cut(graph, tiles), None
+    if evaluated and _reads_mode(graph, code):
+        try:
+            segments, evaluated_roles = _evaluated(module, batch, graph, roles, segments)
+            roles |= evaluated_roles
+        except InputError as error:
+            other_evaluation = f"in eval mode: {error}"
     number_dropouts(segment.nodes for segment in segments)
 
     def traced(pieces: list[Segment], visited: Callable[[Segment], None]) -> _Tracer:
@@ -116,7 +137,37 @@ def trace(
             raise
         raise InputError(f"{type(module).__name__} cannot be traced{_at(line)}: {_reason(error)}") from error
     report("programs", len(segments), len(segments))
-    return tracer.finish(graph, segments)
+    return dataclasses.replace(tracer.finish(graph, segments), code=code, other_evaluation=other_evaluation)
+
+
+def _reads_mode(graph: fx.Graph, code: Iterable[types.CodeType]) -> bool:
+    """Whether a module may do something else in eval mode that its graph does not show: `code` of its own names the
+    mode, or something is drawn, but for dropout.
+    """
+    names = (name for one in code for name in (*one.co_names, *one.co_consts))
+    return any(name == "training" for name in names) or any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.nodes
+    )
+
+
+def _evaluated(
+    module: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    graph: fx.Graph,
+    roles: Mapping[fx.Node, Role],
+    segments: list[Segment],
+) -> tuple[list[Segment], dict[fx.Node, Role]]:
+    """`segments` with what they do in eval mode, and the roles of what that reads. Raises InputError where it cannot be
+    had.
+    """
+    with in_eval_mode(module):
+        evaluated, evaluated_roles = _export(module, batch)
+        _check_results(evaluated, loss_maker(module))
+    _widen_loss(evaluated)
+    found = with_evaluations(graph, roles, segments, evaluated, evaluated_roles)
+    if found is None:
+        raise InputError(f"{type(module).__name__} uses other parameters in eval mode than where it is trained")
+    return found, evaluated_roles
 
 
 def _at(line: str | None) -> str:
@@ -127,8 +178,21 @@ def _reason(error: Exception) -> str:
     """Why something cannot be traced, in one line."""
     if isinstance(error, TightfitError):
         return str(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(isinstance(value, PackedSequence) for frame in frames for value in frame.f_locals.values()):
+        return (
+            "a packed sequence has a shape that follows from the lengths, and a traced step has fixed shapes; give the"
+            " recurrent layer the whole padded sequences, and take the last output of each (gather at lengths - 1) or"
+            " weight those past the end by zero"
+        )
     if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode)):
         operator = getattr(error, "func", "a condition")
+        if "_ctc_loss" in str(operator):
+            return (
+                f"the loss of CTC reads lengths and labels ({operator}), and a traced step does not branch on values;"
+                " write its recursion over time in tensor operations (torch.logaddexp, torch.where by the lengths), or"
+                " train this module with PyTorch"
+            )
         return (
             f"what follows depends on the values of tensors ({operator}); a traced step has fixed shapes and no"
             " branches on values"
@@ -151,6 +215,7 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
                 gradients_refused(),
                 seeding_refused(),
                 unchecked(),
+                compile_off(),
                 dropout_traced(),
                 DetachWithoutGrad(),
                 draws_watched() as drawn,
@@ -170,6 +235,7 @@ def _export(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Gr
     if drawn:  # torch.export may have drawn numbers itself
         _refuse_unfollowed(module, batch)
     functions.restore(program.graph)
+    _open_complex_scatters(program.graph)
     _open_copies(program.graph)
     _open_constants(program)
     _drop_empty_parts(program.graph)
@@ -269,6 +335,33 @@ def _open_copies(graph: fx.Graph) -> None:
                     copied = graph.call_function(target, (copied, *arguments), keywords)
                     copied.meta.update(node.meta)
         node.replace_all_uses_with(copied)
+        graph.erase_node(node)
+
+
+def _open_complex_scatters(graph: fx.Graph) -> None:
+    """Replace ``aten.slice_scatter`` of complex numbers, which assignments to slices become and which has no derivative
+    for them, by a concatenation.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        base, part = node.args[:2]
+        dim, start, end, step = [*node.args, *(0, None, None, 1)[len(node.args) - 2 :]][2:]
+        value = node.meta["val"]
+        if not value.is_complex() or step != 1:
+            continue
+        size = value.shape[dim]
+        start, end, _ = slice(start, end).indices(size)
+        end = max(start, end)
+        pieces = [part]
+        with graph.inserting_before(node), value.fake_mode:
+            for first, last in ((0, start), (end, size)):
+                if first == last:
+                    continue
+                piece = graph.call_function(aten.slice.Tensor, (base, dim, first, last))
+                piece.meta.update(node.meta, val=value.narrow(dim, first, last - first))
+                pieces.insert(0 if last == start else len(pieces), piece)
+            joined = graph.call_function(aten.cat.default, (pieces, dim))
+        joined.meta.update(node.meta)
+        node.replace_all_uses_with(joined)
         graph.erase_node(node)
 
 
@@ -387,7 +480,8 @@ class _Tracer:
             for node, flag in zip(segment.outputs, segment.differentiable, strict=True)
         )
         seeds = tuple(node is loss for node in segment.outputs)
-        key = self._signature(segment, (incoming, seeds))
+        evaluation = segment.evaluation
+        key = self._signature(segment, (incoming, seeds, evaluation and evaluation.text))
         if key not in self.programs:
             self.programs[key] = self._program(segment, incoming, seeds, f"program{len(self.programs)}")
         program = self.programs[key]
@@ -399,6 +493,8 @@ class _Tracer:
                 name = f"grad:{self._global(node)}"
                 self.partials.setdefault(node, []).append((segment, name))
                 bindings[f"grad_in{index}"] = name
+        if evaluation:
+            bindings |= {name: self._global(node) for name, _, node in evaluation.inputs if name not in bindings}
         for index, node in enumerate(segment.outputs):
             bindings[f"out{index}"] = self._global(node)
             if incoming[index] and node is not loss:
@@ -444,7 +540,12 @@ class _Tracer:
         program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
         program = sums_in_place(program, [result for result, _ in results])
         program = in_tiles(program, self.tiles)
-        if not any(node.target in self.inference for node in module.graph.nodes):
+        if segment.evaluation is not None:
+            module = segment.evaluation.module
+            primals = [(name, kind) for name, kind, _ in segment.evaluation.inputs]
+            with self.fake_mode:
+                inputs = [_empty_like(node.meta["val"]) for *_, node in segment.evaluation.inputs]
+        elif not any(node.target in self.inference for node in module.graph.nodes):
             return program
         with torch.no_grad():
             inference_graph = self._traced(module, self.decompositions | self.inference, inputs)
@@ -454,6 +555,7 @@ class _Tracer:
     def _traced(
         self, call: Callable[..., Any], decompositions: dict[Any, Callable[..., Any]], inputs: list[torch.Tensor]
     ) -> fx.Graph:
+        decompositions = _COPIES | decompositions
         with self.fake_mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)

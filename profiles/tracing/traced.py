@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from tightfit.profiles.schema import Layer, Program, Tensor
@@ -14,6 +16,10 @@ class Trace:
     layers: list[Layer]
     loss: str
     token_losses: str | None
+    code: AbstractSet[types.CodeType] = frozenset()
+    """the module's own that its forward ran"""
+    other_evaluation: str | None = None
+    """why an evaluation is not what the module computes in eval mode; None: it is"""
 
 
 def global_tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:

@@ -1,5 +1,5 @@
-"""Switches off PyTorch's checks of argument values in losses and distributions for tracing, where tensors have no
-values.
+"""Switches off what a trace has no use for: PyTorch's checks of argument values in losses and distributions, where
+tensors have no values, and torch.compile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from unittest import mock
 import torch
 from torch.distributions import Distribution
 from torch.nn.functional import gaussian_nll_loss
+
+
+def compile_off() -> contextlib.AbstractContextManager[object]:
+    """Within this context functions that torch.compile made run as they are written."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing was compiled
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

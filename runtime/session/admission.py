@@ -130,6 +130,15 @@ def check_machine(plan: Plan | Profile) -> None:
         )
 
 
+def check_evaluation(plan: Plan) -> None:
+    """Raise InputError for a module of which an evaluation would not be what it computes in eval mode."""
+    if plan.model.other_evaluation:
+        raise InputError(
+            f"an evaluation of {plan.model.name} would not be what it computes after module.eval(), and is refused:"
+            f" {plan.model.other_evaluation}. Train without evaluations, and evaluate the trained module with PyTorch"
+        )
+
+
 def check_schedule(plan: Plan) -> None:
     """Raise InfeasibleError for a plan without a schedule, and simulate the schedule, which raises if it breaks an
     invariant.

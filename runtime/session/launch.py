@@ -23,6 +23,7 @@ from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.admission import (
+    check_evaluation,
     check_fleet_options,
     check_kind,
     check_machine,
@@ -123,6 +124,8 @@ def prepared(
         data = itertools.islice(data, steps)
     check_machine(plan)
     check_schedule(plan)
+    if options.eval_data is not None:
+        check_evaluation(plan)
     initial = None if options.adapter is None else given_adapter(plan, Path(options.adapter).absolute())
     store = find_store(plan, options.stages)
     if preparation:

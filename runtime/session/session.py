@@ -22,7 +22,7 @@ from tightfit.runtime.common.errors import InputError, RunError, TightfitError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
-from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, find_store
+from tightfit.runtime.session.admission import check_evaluation, check_kind, check_machine, check_schedule, find_store
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import SessionOptions, TrainingOptions, UpdateOptions
 from tightfit.runtime.session.output import locked, remove, remove_prepared, to_be_replaced
@@ -137,7 +137,10 @@ class Session:
         return loss
 
     def loss(self, *batch: Tensor | Sequence[Tensor]) -> float:
-        """The loss of a batch without a step and without dropout; for a language model the mean over its labels."""
+        """The loss of a batch without a step, of a module as in eval mode; for a language model the mean over its
+        labels.
+        """
+        check_evaluation(self.plan)
         loss: float = self._answer(EVALUATE, batch)["loss"]
         return loss
 

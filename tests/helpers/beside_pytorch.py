@@ -15,20 +15,33 @@ from tightfit.profiles.tracing.trace import trace
 from tightfit.profiles.tracing.traced import Trace
 
 
-def traced_of(module: nn.Module, batch: tuple[Tensor, ...]) -> Trace:
-    return trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)})
+def traced_of(module: nn.Module, batch: tuple[Tensor, ...], *, evaluated: bool = False) -> Trace:
+    return trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)}, evaluated=evaluated)
 
 
 def compared(module: nn.Module, batch: tuple[Tensor, ...], folder, change: Callable[[Trace], Any] = lambda _: None):
-    traced = traced_of(module, batch)
+    return beside(module, batch, folder, change).told
+
+
+def beside(
+    module: nn.Module,
+    batch: tuple[Tensor, ...],
+    folder,
+    change: Callable[[Trace], Any] = lambda _: None,
+    *,
+    evaluated: bool = False,
+):
+    """The comparison, with what it `told`."""
+    traced = traced_of(module, batch, evaluated=evaluated)
     change(traced)
-    beside = GradientComparison("own.module", module, batch, traced)
-    assert beside.why_not(folder) is None
-    request = beside.request(folder)
+    comparison = GradientComparison("own.module", module, batch, traced)
+    assert comparison.why_not(folder) is None
+    request = comparison.request(folder)
     programs = [program.model_dump() for program in traced.programs]
     guard, scratch = OutputGuard(), ScratchStores(folder)
     with torch.no_grad():
         for program in programs:
             settle_operators(program, guard, scratch)
         take_steps(request, programs)
-    return beside.conclude(folder)
+    comparison.told = comparison.conclude(folder)
+    return comparison
